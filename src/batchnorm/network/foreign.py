@@ -1,0 +1,280 @@
+"""Statistics and affine values from the layouts of Keras and flax, as plain dictionaries of arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import ArgumentError, DataError, ShapeError
+from batchnorm.network.record import Record, write_record
+
+Names = Mapping[str, str] | Literal["order"] | None
+
+_KERAS = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+_FLAX = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def load_keras(
+    model: nn.Module,
+    weights: Mapping[str, Any],
+    *,
+    momentum: float = 0.99,
+    epsilon: float = 1e-3,
+    names: Names = None,
+) -> nn.Module:
+    """Give batch-norm layers the values, epsilon and momentum of Keras' ``BatchNormalization``.
+
+    In inference both compute ``gamma * (z - mean) / sqrt(var + epsilon) + beta``, so the values are taken
+    as they are. Three conventions differ, and are translated: Keras' epsilon is 1e-3; its momentum is the
+    share that is KEPT, torch's the weight of the NEW batch; its ``moving_variance`` has divisor m, torch's
+    ``running_var`` m - 1 (ours is switched with ``running_var_correction=0``; ``torch.nn`` has no switch,
+    and the record says so).
+
+    Parameters
+    ----------
+    model : Module
+        A batch-norm layer, or a network that holds some. Changed in place.
+    weights : mapping
+        For a layer: arrays of shape (C,) named ``gamma``, ``beta``, ``moving_mean``, ``moving_variance``.
+        For a network: the same under the layers' names, nested or flat (``"block1_bn/gamma:0"``). Entries
+        of other layers are passed over. An absent ``gamma`` is 1, an absent ``beta`` 0 (``scale=False``,
+        ``center=False``).
+    momentum : float in [0, 1], default 0.99
+        Of the Keras layers: share of the old value that is kept.
+    epsilon : float, default 1e-3
+        Of the Keras layers [z]**2.
+    names : mapping of str to str, or "order", optional
+        From a layer's name in ``weights`` to its path in ``model``. By default the names are the paths, with
+        ``/`` for ``.``; ``"order"`` pairs the layers in the order in which both sides list them.
+
+    Returns
+    -------
+    Module
+        ``model``.
+
+    Raises
+    ------
+    DataError
+        No batch-norm values in ``weights``, or a field is missing.
+    ArgumentError
+        A name without a layer, a momentum out of range, affine values for a layer without them.
+    ShapeError
+        An array's length is not the layer's number of channels. In every case nothing was written.
+
+    References
+    ----------
+    Keras documentation, BatchNormalization layer,
+    https://keras.io/api/layers/normalization_layers/batch_normalization/
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from batchnorm.network.foreign import load_keras
+    >>> c = {"gamma": np.ones(2), "beta": np.zeros(2), "moving_mean": np.ones(2), "moving_variance": np.ones(2)}
+    >>> layer = load_keras(torch.nn.BatchNorm1d(2), c)
+    >>> layer.eps, round(layer.momentum, 3)
+    (0.001, 0.01)
+    """
+    groups = _groups(weights, _KERAS, "moving_mean")
+    return _load(model, groups, momentum, epsilon, names, "load_keras")
+
+
+def load_flax(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    momentum: float = 0.99,
+    epsilon: float = 1e-5,
+    names: Names = None,
+) -> nn.Module:
+    """Give batch-norm layers the values, epsilon and momentum of flax' ``BatchNorm``.
+
+    The conventions that differ are those of :func:`load_keras`: flax' momentum is the share that is KEPT,
+    and its ``var`` has divisor m.
+
+    Parameters
+    ----------
+    model : Module
+        A batch-norm layer, or a network that holds some. Changed in place.
+    variables : mapping
+        ``{"params": {...: {"scale", "bias"}}, "batch_stats": {...: {"mean", "var"}}}`` with arrays of shape
+        (C,), nested by module name as flax nests them; for a single layer without the names. Entries of
+        other layers are passed over.
+    momentum : float in [0, 1], default 0.99
+        Of the flax layers: share of the old value that is kept.
+    epsilon : float, default 1e-5
+        Of the flax layers [z]**2.
+    names : mapping of str to str, or "order", optional
+        From a layer's name (joined by ``/``) to its path in ``model``; see :func:`load_keras`.
+
+    Returns
+    -------
+    Module
+        ``model``.
+
+    Raises
+    ------
+    DataError
+        No batch statistics in ``variables``, or a field is missing.
+    ArgumentError
+        A name without a layer, a momentum out of range, affine values for a layer without them.
+    ShapeError
+        An array's length is not the layer's number of channels. In every case nothing was written.
+
+    References
+    ----------
+    flax documentation, flax.linen.BatchNorm,
+    https://flax.readthedocs.io/en/latest/api_reference/flax.linen/layers.html
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from batchnorm.network.foreign import load_flax
+    >>> v = {"params": {"scale": np.ones(2), "bias": np.zeros(2)},
+    ...      "batch_stats": {"mean": np.ones(2), "var": np.ones(2)}}
+    >>> layer = load_flax(torch.nn.BatchNorm1d(2), v)
+    >>> layer.running_mean.tolist()
+    [1.0, 1.0]
+    """
+    if not isinstance(variables.get("batch_stats"), Mapping):
+        raise DataError(
+            "load_flax: variables has no 'batch_stats'.",
+            why="flax keeps a layer's population mean and variance there.",
+            mend="give the whole dictionary of variables that init or training returned.",
+        )
+    groups = _groups(variables["batch_stats"], _FLAX, "mean")
+    affine = _groups(variables.get("params", {}), _FLAX, None)
+    for name, group in groups.items():
+        group.update({field: v for field, v in affine.get(name, {}).items() if field in ("weight", "bias")})
+    return _load(model, groups, momentum, epsilon, names, "load_flax")
+
+
+def _groups(
+    weights: Mapping[str, Any], fields: dict[str, str], sign: str | None
+) -> dict[str, dict[str, Any]]:
+    """Arrays by layer name and torch's field name; only the groups that hold the field ``sign``."""
+    groups: dict[str, dict[str, Any]] = {}
+
+    def walk(node: Mapping[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            path = f"{prefix}/{key}" if prefix else str(key)
+            if isinstance(value, Mapping):
+                walk(value, path)
+                continue
+            layer, _, field = re.sub(r":\d+$", "", path).rpartition("/")
+            if field in fields:
+                groups.setdefault(layer, {})[fields[field]] = value
+
+    walk(weights, "")
+    return {name: g for name, g in groups.items() if sign is None or fields[sign] in g}
+
+
+def _load(
+    model: nn.Module,
+    groups: dict[str, dict[str, Any]],
+    momentum: float,
+    epsilon: float,
+    names: Names,
+    who: str,
+) -> nn.Module:
+    if not groups:
+        raise DataError(
+            f"{who}: no batch-norm statistics in the dictionary.", mend="see its layout in the docstring."
+        )
+    if not 0 <= momentum <= 1:
+        raise ArgumentError(
+            f"{who}: momentum={momentum!r} is not in [0, 1].", why="it is a share of the old value."
+        )
+    if not epsilon > 0:
+        raise ArgumentError(
+            f"{who}: epsilon={epsilon!r} is not positive.", why="a channel may have variance 0."
+        )
+    pairs = _pair(model, groups, names, who)
+    planned = [
+        (path, layer, _values(layer, path, groups[name], who)) for name, (path, layer) in pairs.items()
+    ]
+    told = Record()
+    for path, layer, values in planned:
+        with torch.no_grad():
+            for field, value in values.items():
+                getattr(layer, field).copy_(value)
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.zero_()
+        layer.eps, layer.momentum = epsilon, 1 - momentum
+        said = f"eps {epsilon:g}, momentum {1 - momentum:g} (the share kept was {momentum:g})"
+        if hasattr(layer, "running_var_correction"):
+            layer.running_var_correction = 0
+            said += ", running_var with divisor m"
+        else:
+            said += "; trained on, running_var will have divisor m - 1: convert(model, to='batchnorm') has the switch"
+        told.add(path, type(layer).__name__, "loaded", said, tool=who)
+    return write_record(model, told)
+
+
+def _pair(
+    model: nn.Module, groups: dict[str, dict[str, Any]], names: Names, who: str
+) -> dict[str, tuple[str, _BatchNorm]]:
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    if names == "order":
+        if len(layers) != len(groups):
+            raise ArgumentError(
+                f"{who}: {len(groups)} layers in the dictionary and {len(layers)} in the model.",
+                why="names='order' pairs them one by one.",
+                mend="give names as a mapping.",
+            )
+        return dict(zip(groups, layers.items(), strict=True))
+    mapping = names if isinstance(names, Mapping) else {}
+    pairs = {}
+    for name in groups:
+        path = mapping.get(name, name.replace("/", "."))
+        if path not in layers:
+            known = ", ".join(repr(p) for p in list(layers)[:8]) or "none"
+            raise ArgumentError(
+                f"{who}: {name!r} has no batch-norm layer at {path!r} in the model.",
+                mend=f"give names={{{name!r}: path, ...}}; the model's layers are {known}.",
+            )
+        pairs[name] = (path, layers[path])
+    return pairs
+
+
+def _values(layer: _BatchNorm, path: str, group: dict[str, Any], who: str) -> dict[str, Tensor]:
+    """What is to be written into the layer, checked."""
+    missing = [field for field in ("running_mean", "running_var") if field not in group]
+    if missing:
+        raise DataError(f"{who}: {' and '.join(missing)} missing.", at=path)
+    if layer.running_mean is None:
+        raise ArgumentError(
+            f"{who}: the layer keeps no running statistics.",
+            mend="build it with track_running_stats=True.",
+            at=path,
+        )
+    values = {}
+    for field, neutral in (("weight", 1.0), ("bias", 0.0), ("running_mean", None), ("running_var", None)):
+        held = getattr(layer, field)
+        if field not in group:
+            if held is not None and neutral is not None:
+                values[field] = torch.full_like(held, neutral)
+            continue
+        array = torch.from_numpy(np.array(group[field], dtype=np.float64))
+        if held is None:
+            if bool((array != neutral).any()):
+                raise ArgumentError(
+                    f"{who}: the layer has no {field} to take the given one.",
+                    mend="build it with affine=True.",
+                    at=path,
+                )
+            continue
+        if array.shape != held.shape:
+            raise ShapeError(
+                f"{who}: {field} has shape {tuple(array.shape)}, and the layer {tuple(held.shape)}.", at=path
+            )
+        if not bool(torch.isfinite(array).all()) or (field == "running_var" and bool((array < 0).any())):
+            raise DataError(f"{who}: {field} holds values that are no {field.replace('_', ' ')}.", at=path)
+        values[field] = array
+    return values
