@@ -1,0 +1,125 @@
+"""The command line: arguments only; what is done is elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from batchnorm.errors import BatchNormError
+
+SET_NAMES = "resnet, mobilenet, cifar, unet3d, mlp, seq, awkward, all; several with commas."
+
+app = typer.Typer(
+    name="batchnorm",
+    help="Batch normalization for PyTorch: demo, studies, benchmarks, and networks changed by tools.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def load(module: str, extra: str = "") -> ModuleType:
+    """Import the part that does the work, and say how to get it where it is missing.
+
+    Parameters
+    ----------
+    module : str
+        Its dotted name.
+    extra : str, optional
+        The extra of this package that brings what it needs.
+
+    Returns
+    -------
+    module
+        Imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing == "batchnorm" or not extra:
+            raise
+        typer.echo(f"This command needs {missing}.\n  mend: pip install 'batchnorm[{extra}]'", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path("batchnorm-demo"),
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of the samples.")] = 0,
+) -> None:
+    """Normalize a network, train it, use it one sample at a time, and fold it: under 90 seconds."""
+    load("batchnorm.demo.run", "study").run(out, seed=seed)
+
+
+@app.command()
+def info() -> None:
+    """Print versions, engines and threads."""
+    Console().print(load("batchnorm.info").table())
+
+
+@app.command()
+def bench(
+    sets: Annotated[
+        str,
+        typer.Option("--set", help="resnet, mobilenet, cifar, unet3d, mlp, seq, awkward, all; with commas."),
+    ] = "resnet",
+    layouts: Annotated[str, typer.Option("--layout", help="Names, with commas.")] = "nchw,channels_last",
+    dtypes: Annotated[str, typer.Option("--dtype", help="Names, with commas.")] = "float32,bfloat16",
+    forms: Annotated[str, typer.Option("--form", help="Names, with commas.")] = "plain,relu,add_relu",
+    modes: Annotated[str, typer.Option("--mode", help="Names, with commas.")] = "training,inference",
+    contenders: Annotated[
+        str, typer.Option(help="ours, engine, eager, compile, onednn, jax; with commas.")
+    ] = "ours,eager,compile,onednn,jax",
+    threads: Annotated[str, typer.Option(help="Thread budgets, with commas; each in its own process.")] = "",
+    rounds: Annotated[int, typer.Option(help="Readings of the clock for each contender.")] = 11,
+    seconds: Annotated[float, typer.Option(help="Start no round of a case after this long.")] = 20.0,
+    quick: Annotated[bool, typer.Option("--quick", help="5 rounds, against torch eager alone.")] = False,
+    bar: Annotated[bool, typer.Option("--bar", help="The cases of the bar, and what was reached.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="The latency of small inputs as well.")] = False,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only fill the compilers' caches.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Pass over what the CSV already has.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Time nothing; sum up the CSV.")] = False,
+    out: Annotated[Path, typer.Option(help="CSV to which rows are added.")] = Path("batchnorm-bench.csv"),
+) -> None:
+    """Time the operator against its peers, with a plain copy as the floor."""
+    session = load("batchnorm.bench.session")
+    budgets = session.budgets(threads)
+    if not report:
+        order = session.plan(
+            path=out,
+            sets=sets,
+            layouts=layouts,
+            dtypes=dtypes,
+            forms=forms,
+            modes=modes,
+            contenders=contenders,
+            rounds=rounds,
+            seconds=seconds,
+            quick=quick,
+            the_bar=bar,
+            small=small,
+            prepare=prepare,
+            resume=resume,
+        )
+        session.run(order, budgets)
+    if not prepare:
+        session.summarize(out, budgets, Console())
+
+
+def main() -> None:
+    """Run the command line; an error of ours is printed without a traceback."""
+    try:
+        app()
+    except BatchNormError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
