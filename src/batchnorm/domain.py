@@ -1,0 +1,78 @@
+"""Statistics kept apart by domain, under one set of gamma and beta."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from batchnorm.errors import ArgumentError
+
+_active: list[str] = []
+
+
+class domain:
+    """Let every batch norm inside a ``with`` block keep and use the statistics of a named domain.
+
+    Where two kinds of data go through one network (real and generated images, two languages, two image
+    sizes), the average of their statistics fits neither. Each domain gets running statistics of its own;
+    gamma and beta stay common. Outside any ``with domain`` the layer's own buffers are used, which are
+    those that torch.nn would load.
+
+    A domain's statistics begin at mean 0 and variance 1 when a layer first trains in it. They are saved
+    with the layer's state, under ``domains.<name>.``. Blocks nest; the innermost counts.
+
+    Parameters
+    ----------
+    name : str
+        The domain; a Python identifier.
+
+    Raises
+    ------
+    ArgumentError
+        The name is not an identifier.
+
+    References
+    ----------
+    Li et al. 2016, arXiv:1603.04779 (adaptive batch normalization); Xie et al. 2020, arXiv:1911.09665
+    (auxiliary batch norm).
+
+    Examples
+    --------
+    >>> import torch, batchnorm
+    >>> layer = batchnorm.BatchNorm1d(2, momentum=1.0)
+    >>> with batchnorm.domain("fake"):
+    ...     _ = layer(torch.tensor([[1.0, 5.0], [3.0, 7.0]]))
+    >>> layer.running_mean, layer.domains["fake"].running_mean
+    (tensor([0., 0.]), tensor([2., 6.]))
+    """
+
+    def __init__(self, name: str) -> None:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ArgumentError(
+                f"domain: {name!r} is not a name.",
+                why="it becomes part of the keys in the state dict.",
+                mend='letters, digits and underscores, e.g. "fake".',
+            )
+        self.name = name
+
+    def __enter__(self) -> domain:
+        _active.append(self.name)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _active.pop()
+
+
+def active_domain() -> str | None:
+    """Give the innermost domain in force.
+
+    Returns
+    -------
+    str or None
+        Its name; None outside every ``with domain``.
+    """
+    return _active[-1] if _active else None

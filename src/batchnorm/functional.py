@@ -1,0 +1,379 @@
+"""Batch normalization as a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm import validation
+from batchnorm.autograd import Sink, normalize_batch, normalize_masked, normalize_population, recomputing
+from batchnorm.layout import channel_axis, values_per_channel
+from batchnorm.operators import check_count, check_finite
+from batchnorm.population import Tracking, commit
+
+
+class Options(NamedTuple):
+    """How a batch is normalized; the keyword-only arguments of `batch_norm`, checked."""
+
+    eps: float = 1e-5
+    activation: str | None = None
+    channel_dim: int = 1
+    on_single_value: str = "error"
+    on_nonfinite: str = "skip"
+    virtual_batch_size: int | None = None
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    masked_output: str = "zero",
+    channel_dim: int = 1,
+    on_single_value: str = "error",
+    on_nonfinite: str = "skip",
+    virtual_batch_size: int | None = None,
+    running_var_correction: int = 1,
+    inplace: bool = False,
+) -> Tensor:
+    """Normalize every channel of ``input`` over the batch, then scale and shift it.
+
+    A channel holds ``m = N * prod(S)`` values::
+
+        y = activation(weight * (input - mean) / sqrt(var + eps) + bias + residual)
+
+    In training, ``mean`` and ``var`` (divisor m) come from ``input``, and the running statistics move
+    toward them. In inference they are the running statistics, and nothing is written.
+
+    Parameters
+    ----------
+    input : Tensor, shape (N, C, *S)
+        Pre-activations z, any floating dtype, any strides.
+    running_mean, running_var : Tensor, shape (C,), or None
+        Population mean [z] and variance [z]**2, the variance with divisor m - 1. Required for inference.
+        In training they are moved in place where they are given.
+    weight, bias : Tensor, shape (C,), or None
+        Learned scale gamma and place beta; 1 and 0 when absent.
+    training : bool, default False
+        Normalize with the batch's statistics rather than the running ones.
+    momentum : float in [0, 1], default 0.1
+        Weight of the NEW batch: ``r = (1 - momentum) * r + momentum * batch``. (Keras and ONNX give the
+        weight of the old value.)
+    eps : float, default 1e-5
+        Added to the variance [z]**2; positive.
+    activation : str, optional
+        ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"hardswish"``, ``"sigmoid"``,
+        ``"tanh"`` or ``"gelu"`` (exact), applied in the same pass over memory.
+    residual : Tensor, optional
+        Added before the activation; shape and dtype of ``input``.
+    mask : Tensor of bool, optional
+        Shape of ``input`` without the channel axis, or what broadcasts to it: ``(N, L)`` for
+        ``(N, C, L)``. Where it is False a value enters no statistic and no gradient, and may be NaN.
+    masked_output : {"zero", "input"}, default "zero"
+        What comes out where ``mask`` is False.
+    channel_dim : int, default 1
+        The channel axis; -1 for ``(N, L, C)``.
+    on_single_value : {"error", "running"}, default "error"
+        What to do in training with fewer than two values per channel: raise, or normalize with the running
+        statistics and leave them alone. An input without any value passes and moves nothing.
+    on_nonfinite : {"skip", "propagate", "raise"}, default "skip"
+        What a channel with NaN or inf does to its running statistics: nothing; ruin them (as in torch); or
+        raise before anything is written. The output shows the NaN in the first two.
+    virtual_batch_size : int, optional
+        Split the batch into parts of at most this many samples, as equal as can be, and normalize each
+        with its own statistics, in order (ghost batch norm, Hoffer et al. 2017).
+    running_var_correction : {1, 0}, default 1
+        Divisor of ``running_var``: m - 1 (torch; the paper's inference) or m (Keras, flax, ONNX).
+    inplace : bool, default False
+        Write the output into ``input``; inference only, and only where no gradient is recorded.
+
+    Returns
+    -------
+    Tensor
+        Of the shape, dtype and memory format of ``input``.
+
+    Raises
+    ------
+    ShapeError
+        ``input`` has fewer than 2 axes, a vector is not of length C, or ``residual`` or ``mask`` does not
+        fit.
+    DtypeError
+        ``input`` is not floating, or ``mask`` not boolean.
+    DeviceError
+        Tensors on different devices.
+    TooFewValuesError
+        Training with one value per channel.
+    MissingStatisticsError
+        Inference without running statistics.
+    NonFiniteError
+        ``on_nonfinite="raise"`` and a batch with NaN or inf.
+    ArgumentError
+        Any other argument out of its range.
+
+    References
+    ----------
+    Ioffe and Szegedy 2015, arXiv:1502.03167, algorithms 1 and 2. Hoffer, Hubara and Soudry 2017,
+    arXiv:1705.08741, algorithm 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.functional import batch_norm
+    >>> z = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+    >>> mean, var = torch.zeros(2), torch.ones(2)
+    >>> batch_norm(z, mean, var, training=True, eps=1e-12)
+    tensor([[-1., -1.],
+            [ 1.,  1.]])
+    >>> mean  # moved a tenth of the way to the batch's mean
+    tensor([0.2000, 2.0000])
+    """
+    validation.check_arguments(momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size)
+    validation.check_switches(masked_output, running_var_correction)
+    options = Options(eps, activation, channel_dim, on_single_value, on_nonfinite, virtual_batch_size)
+    if not training:
+        return infer(
+            input, running_mean, running_var, weight, bias, residual, mask, masked_output, options, inplace
+        )
+    if inplace:
+        raise validation.inplace_in_training()
+    tracking = None
+    if running_mean is not None and running_var is not None:
+        tracking = Tracking(
+            running_mean,
+            running_var,
+            None,
+            None,
+            None,
+            momentum,
+            running_var_correction,
+            on_nonfinite == "skip",
+        )
+    else:
+        validation.check_both_or_neither(running_mean, running_var)
+    return train(input, weight, bias, residual, mask, masked_output, tracking, tracking, options)
+
+
+def infer(
+    z: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    masked_output: str,
+    options: Options,
+    inplace: bool = False,
+) -> Tensor:
+    """Normalize with population statistics; what `batch_norm` does in inference, options given as one.
+
+    Parameters
+    ----------
+    z, running_mean, running_var, gamma, beta, residual, mask, masked_output, inplace
+        As for `batch_norm`.
+    options : Options
+        Checked options.
+
+    Returns
+    -------
+    Tensor
+        Of the shape of ``z``.
+    """
+    if running_mean is None or running_var is None:
+        raise validation.missing_statistics()
+    axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
+    validation.check_tensors(z, axis, (running_mean, running_var, gamma, beta), residual)
+    if (
+        inplace
+        and torch.is_grad_enabled()
+        and (z.requires_grad or validation.any_gradient(gamma, beta, residual))
+    ):
+        raise validation.inplace_with_gradient()
+    if mask is None:
+        return normalize_population(
+            z,
+            gamma,
+            beta,
+            residual,
+            running_mean,
+            running_var,
+            axis,
+            options.eps,
+            options.activation,
+            inplace,
+        )
+    keep = validation.spread_mask(mask, z, axis)
+    clean = torch.where(keep, z, 0)
+    added = None if residual is None else torch.where(keep, residual, 0)
+    y = normalize_population(
+        clean, gamma, beta, added, running_mean, running_var, axis, options.eps, options.activation
+    )
+    y = torch.where(keep, y, 0 if masked_output == "zero" else z)
+    return z.copy_(y) if inplace else y
+
+
+def train(
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    masked_output: str,
+    tracking: Tracking | Sink | None,
+    population: Tracking | None,
+    options: Options,
+) -> Tensor:
+    """Normalize with the batch's own statistics; what `batch_norm` does in training, options given as one.
+
+    Parameters
+    ----------
+    z, gamma, beta, residual, mask, masked_output
+        As for `batch_norm`.
+    tracking : Tracking, callable or None
+        Running statistics to move, or what takes (count, mean, var) of each batch.
+    population : Tracking or None
+        Statistics that serve under ``on_single_value="running"``.
+    options : Options
+        Checked options.
+
+    Returns
+    -------
+    Tensor
+        Of the shape of ``z``.
+    """
+    axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
+    vectors = (
+        (gamma, beta)
+        if population is None
+        else (population.running_mean, population.running_var, gamma, beta)
+    )
+    validation.check_tensors(z, axis, vectors, residual)
+    if tracking is not None and not torch.compiler.is_compiling() and recomputing():
+        tracking = None  # a checkpointed segment runs again: its batch was counted the first time
+    keep = None if mask is None else validation.spread_mask(mask, z, axis)
+    virtual = options.virtual_batch_size
+    if virtual is not None and z.shape[0] > virtual:
+        return _in_parts(
+            z, gamma, beta, residual, keep, masked_output, tracking, population, options, axis, virtual
+        )
+    return _one_batch(z, gamma, beta, residual, keep, masked_output, tracking, population, options, axis)
+
+
+def _one_batch(
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    keep: Tensor | None,
+    masked_output: str,
+    tracking: Tracking | Sink | None,
+    population: Tracking | None,
+    options: Options,
+    axis: int,
+) -> Tensor:
+    eps, activation = options.eps, options.activation
+    if options.on_nonfinite == "raise":
+        tracking = _refusing(tracking)
+    if keep is None:
+        m = values_per_channel(z.shape, axis)
+        if m >= 2:
+            return normalize_batch(z, gamma, beta, residual, axis, eps, activation, tracking)
+        if m == 0:
+            # no value, no statistics: any will do, for there is nothing to normalize
+            return _constants(z, gamma, beta, residual, population, axis, options)
+        if options.on_single_value == "error":
+            raise validation.too_few_values(z, axis)
+        if population is None:
+            raise validation.missing_statistics()
+        return _constants(z, gamma, beta, residual, population, axis, options)
+    count = keep.sum()
+    fallback = None
+    if options.on_single_value == "running":
+        if population is None:
+            raise validation.missing_statistics()
+        # copies: the live buffers may move before the backward comes
+        fallback = (population.running_mean.clone(), population.running_var.clone())
+    else:
+        count = check_count(count)
+    y = normalize_masked(z, gamma, beta, residual, keep, count, axis, eps, activation, tracking, fallback)
+    return y if masked_output == "zero" else torch.where(keep, y, z)
+
+
+def _constants(
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    population: Tracking | None,
+    axis: int,
+    options: Options,
+) -> Tensor:
+    if population is not None:
+        mean, var = population.running_mean, population.running_var
+    else:
+        mean, var = z.new_zeros(z.shape[axis]), z.new_ones(z.shape[axis])
+    return normalize_population(z, gamma, beta, residual, mean, var, axis, options.eps, options.activation)
+
+
+def _in_parts(
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    keep: Tensor | None,
+    masked_output: str,
+    tracking: Tracking | Sink | None,
+    population: Tracking | None,
+    options: Options,
+    axis: int,
+    virtual: int,
+) -> Tensor:
+    parts = -(-z.shape[0] // virtual)
+    if options.on_single_value == "error" and keep is None:
+        smallest = z[: z.shape[0] // parts]
+        if values_per_channel(smallest.shape, axis) == 1:
+            raise validation.too_few_values(smallest, axis)
+    # told only when every part has passed, so that an error in a later one leaves no trace
+    told: list[tuple[int | Tensor, Tensor, Tensor]] = []
+
+    def remember(count: int | Tensor, mean: Tensor, var: Tensor) -> None:
+        told.append((count, mean, var))
+
+    sink = None if tracking is None else remember
+    outputs = [
+        _one_batch(part, gamma, beta, added, kept, masked_output, sink, population, options, axis)
+        for part, added, kept in zip(
+            z.tensor_split(parts),
+            [None] * parts if residual is None else residual.tensor_split(parts),
+            [None] * parts if keep is None else keep.tensor_split(parts),
+            strict=True,
+        )
+    ]
+    for count, mean, var in told:
+        if isinstance(tracking, Tracking):
+            commit(tracking, count, mean, var)
+        elif tracking is not None:
+            tracking(count, mean, var)
+    return torch.cat(outputs)
+
+
+def _refusing(tracking: Tracking | Sink | None) -> Callable[[int | Tensor, Tensor, Tensor], None]:
+    def sink(count: int | Tensor, mean: Tensor, var: Tensor) -> None:
+        mean = check_finite(mean, var)
+        if isinstance(tracking, Tracking):
+            commit(tracking, count, mean, var)
+        elif tracking is not None:
+            tracking(count, mean, var)
+
+    return sink

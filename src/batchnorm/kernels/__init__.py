@@ -1,0 +1,1 @@
+"""Engines: one a file, all behind one contract."""

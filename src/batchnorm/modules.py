@@ -1,0 +1,462 @@
+"""BatchNorm1d, BatchNorm2d, BatchNorm3d: torch's layers, right in more cases, and faster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import validation
+from batchnorm.accumulator import Accumulator
+from batchnorm.domain import active_domain
+from batchnorm.errors import BatchNormError, MissingStatisticsError, ShapeError
+from batchnorm.functional import Options, infer, train
+from batchnorm.population import Tracking
+
+_HALF = (torch.float16, torch.bfloat16)
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class DomainStatistics(nn.Module):
+    """Running statistics of one domain; a part of a batch norm layer, never called.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels C.
+    device : torch.device, optional
+        Where the buffers are made.
+    dtype : torch.dtype, optional
+        Dtype of mean and variance.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    num_batches_skipped: Tensor
+    skipped_channels: Tensor
+
+    def __init__(
+        self, num_features: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        whole = {"dtype": torch.long, "device": device}
+        self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.zeros((), **whole))
+        self.register_buffer("num_batches_skipped", torch.zeros((), **whole), persistent=False)
+        self.register_buffer("skipped_channels", torch.zeros(num_features, **whole), persistent=False)
+
+
+class _Layer(nn.Module):
+    """What the three layers share. Stands before torch's class in the order of bases."""
+
+    _dimensions: tuple[int, ...]
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    num_batches_skipped: Tensor | None
+    skipped_channels: Tensor | None
+    num_features: int
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        channel_dim: int = 1,
+        on_single_value: str = "error",
+        on_nonfinite: str = "skip",
+        virtual_batch_size: int | None = None,
+        running_var_correction: int = 1,
+    ) -> None:
+        # eps is looked at when it is used, as in torch
+        validation.check_arguments(
+            momentum, 1.0, activation, on_single_value, on_nonfinite, virtual_batch_size
+        )
+        validation.check_switches("zero", running_var_correction)
+        if dtype in _HALF:
+            dtype = torch.float32
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[call-arg]
+        if not bias:
+            self.register_parameter("bias", None)
+        self.activation = activation
+        self.channel_dim = channel_dim
+        self.on_single_value = on_single_value
+        self.on_nonfinite = on_nonfinite
+        self.virtual_batch_size = virtual_batch_size
+        self.running_var_correction = running_var_correction
+        self.frozen_statistics = False
+        self.frozen_affine = False
+        self.accumulator: Accumulator | None = None
+        # not saved: torch.nn could not load them
+        skipped = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
+        channels = torch.zeros(num_features, dtype=torch.long, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_skipped", skipped, persistent=False)
+        self.register_buffer("skipped_channels", channels, persistent=False)
+
+    @classmethod
+    def adopt(cls, layer: nn.modules.batchnorm._NormBase, **options: Any) -> _Layer:
+        """Make a layer of ours around another's Parameters and buffers, which both then share.
+
+        Parameters
+        ----------
+        layer : torch.nn.BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm
+            The layer to take over; it is not changed.
+        **options
+            Keyword-only arguments of the constructor, e.g. ``activation``.
+
+        Returns
+        -------
+        BatchNorm1d, BatchNorm2d or BatchNorm3d
+            With the same Parameters, buffers and training flag. Hooks stay with the old layer.
+        """
+        new = cls(
+            layer.num_features,
+            layer.eps,
+            layer.momentum,
+            layer.affine,
+            layer.track_running_stats,
+            device="meta",
+            **options,
+        )
+        for name in ("weight", "bias"):
+            new._parameters[name] = layer._parameters.get(name)
+        for name in _STATISTICS:
+            new._buffers[name] = layer._buffers.get(name)
+        if layer.running_mean is None:
+            new.num_batches_skipped = new.skipped_channels = None
+        else:
+            device = layer.running_mean.device
+            new.num_batches_skipped = torch.zeros((), dtype=torch.long, device=device)
+            new.skipped_channels = torch.zeros(layer.num_features, dtype=torch.long, device=device)
+        new.training = layer.training
+        return new
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        masked_output: str = "zero",
+    ) -> Tensor:
+        """Normalize ``input``; in training also move the running statistics.
+
+        Parameters
+        ----------
+        input : Tensor, shape (N, C, *S)
+            Pre-activations z.
+        residual : Tensor, optional
+            Added before the activation; shape and dtype of ``input``.
+        mask : Tensor of bool, optional
+            Shape of ``input`` without the channel axis; where False, a value counts for nothing.
+        masked_output : {"zero", "input"}, default "zero"
+            What comes out where ``mask`` is False.
+
+        Returns
+        -------
+        Tensor
+            Of the shape, dtype and memory format of ``input``.
+
+        Raises
+        ------
+        BatchNormError
+            As `batchnorm.functional.batch_norm`, with the layer's path in the model.
+        """
+        try:
+            return self._forward(input, residual, mask, masked_output)
+        except BatchNormError as error:
+            if not error.at and not torch.compiler.is_compiling():
+                error.at = _path_from_stack(self)
+            raise
+
+    def _forward(self, z: Tensor, residual: Tensor | None, mask: Tensor | None, masked_output: str) -> Tensor:
+        if z.dim() not in self._dimensions:
+            self._check_input_dim(z)
+        validation.check_eps(self.eps)
+        if masked_output != "zero":
+            validation.check_switches(masked_output, self.running_var_correction)
+        options = Options(
+            self.eps,
+            self.activation,
+            self.channel_dim,
+            self.on_single_value,
+            self.on_nonfinite,
+            self.virtual_batch_size,
+        )
+        population = self.population(self.training)
+        # a layer without statistics of its own always takes the batch's, as in torch
+        if population is not None and (self.frozen_statistics or not self.training):
+            mean, var = population.running_mean, population.running_var
+            return infer(z, mean, var, self.weight, self.bias, residual, mask, masked_output, options)
+        tracking: Any = population if self.training and self.track_running_stats else None
+        if tracking is not None and self.accumulator is not None:
+            tracking = self.accumulator.taking(tracking)
+        return train(z, self.weight, self.bias, residual, mask, masked_output, tracking, population, options)
+
+    def population(self, create: bool = False) -> Tracking | None:
+        """Give the statistics in force: the layer's own, or those of the active domain.
+
+        Parameters
+        ----------
+        create : bool, default False
+            Begin the statistics of a domain that the layer has not met.
+
+        Returns
+        -------
+        Tracking or None
+            The very buffers, and how a batch moves them; None where the layer tracks nothing.
+
+        Raises
+        ------
+        MissingStatisticsError
+            The active domain is unknown and ``create`` is False.
+        """
+        validation.check_momentum(self.momentum)
+        # nn.Module finds a buffer only after it has looked everywhere else
+        buffers = self._buffers
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        if mean is None or var is None:
+            validation.check_both_or_neither(mean, var)
+            return None
+        name = active_domain()
+        if name is not None:
+            buffers = self._domain(name, create)._buffers
+            mean, var = buffers["running_mean"], buffers["running_var"]
+        return Tracking(
+            mean,  # type: ignore[arg-type]
+            var,  # type: ignore[arg-type]
+            buffers["num_batches_tracked"],
+            buffers["num_batches_skipped"],
+            buffers["skipped_channels"],
+            self.momentum,
+            self.running_var_correction,
+            self.on_nonfinite == "skip",
+        )
+
+    def _domain(self, name: str, create: bool) -> DomainStatistics:
+        domains = self._modules.get("domains")
+        known = () if domains is None else tuple(domains._modules)
+        if name not in known and not create:
+            raise MissingStatisticsError(
+                f"batch_norm: no statistics of the domain {name!r}; there are {', '.join(known) or 'none'}.",
+                why="inference needs the statistics of training in that domain.",
+                mend="train or calibrate inside the domain first, or leave the `with batchnorm.domain` block.",
+            )
+        return self.add_domain(name)
+
+    def add_domain(self, name: str) -> DomainStatistics:
+        """Give the statistics of a domain, and begin them at mean 0 and variance 1 where there are none.
+
+        A layer does this by itself when it first trains in a domain. Call it before ``torch.compile``:
+        a compiled forward cannot make buffers.
+
+        Parameters
+        ----------
+        name : str
+            The domain.
+
+        Returns
+        -------
+        DomainStatistics
+            Its buffers.
+        """
+        if "domains" not in self._modules:
+            self.domains = nn.ModuleDict()
+        if name not in self.domains:
+            mean = self._buffers["running_mean"]
+            if mean is None:
+                raise validation.missing_statistics()
+            self.domains[name] = DomainStatistics(self.num_features, mean.device, mean.dtype)
+        return self.domains[name]  # type: ignore[return-value]
+
+    def reset_running_stats(self) -> None:
+        """Set mean 0, variance 1 and every count 0, in every domain."""
+        super().reset_running_stats()  # type: ignore[misc]
+        for holder in (self, *self._modules.get("domains", nn.ModuleDict()).values()):  # type: ignore[union-attr]
+            for name, buffer in holder._buffers.items():
+                if buffer is not None and name != "running_mean":
+                    buffer.fill_(1 if name == "running_var" else 0)
+                elif buffer is not None:
+                    buffer.zero_()
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._dimensions:
+            wanted = " or ".join(f"{d}D" for d in self._dimensions)
+            raise ShapeError(
+                f"{type(self).__name__}: expected {wanted} input (got {input.dim()}D input of shape "
+                f"{tuple(input.shape)}).",
+                why="the layer was made for data of another kind, and axis 1 would be read as the channel.",
+                mend="use the BatchNorm of that dimension; or batchnorm.functional.batch_norm, which takes any.",
+            )
+
+    def extra_repr(self) -> str:
+        """Say what differs from torch's layer after what torch says.
+
+        Returns
+        -------
+        str
+            Arguments of the constructor, and what is frozen.
+        """
+        text = super().extra_repr()
+        defaults = {
+            "activation": None,
+            "channel_dim": 1,
+            "on_single_value": "error",
+            "on_nonfinite": "skip",
+            "virtual_batch_size": None,
+            "running_var_correction": 1,
+        }
+        shown = [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
+        frozen = [k for k in ("statistics", "affine") if getattr(self, f"frozen_{k}")]
+        if frozen:
+            shown.append("frozen=" + "+".join(frozen))
+        return ", ".join([text, *shown])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
+        def keep_wide(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype in _HALF and tensor.is_floating_point():
+                # the values as they were, for a trip through half precision would round them
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(keep_wide, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None and prefix[:-1] in metadata:
+            # beside the keys, where torch.nn looks for versions and passes over the rest
+            metadata[prefix[:-1]]["frozen"] = [self.frozen_statistics, self.frozen_affine]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *rest: Any,
+    ) -> None:
+        if "frozen" in local_metadata:
+            self.frozen_statistics, affine = map(bool, local_metadata["frozen"])
+            if affine != self.frozen_affine:
+                self._freeze_affine(affine)
+        start = f"{prefix}domains."
+        for key in state_dict:
+            if (
+                key.startswith(start)
+                and key.endswith(".running_mean")
+                and self._buffers["running_mean"] is not None
+            ):
+                self.add_domain(key[len(start) :].split(".")[0])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _freeze_affine(self, frozen: bool) -> None:
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(not frozen)
+        self.frozen_affine = frozen
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("accumulator", None)
+
+
+def _path_from_stack(layer: nn.Module) -> str:
+    # only on the way out with an error: the outermost module that is running knows the layer's path
+    path, frame = "", sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner is not layer:
+            for name, module in owner.named_modules():
+                if module is layer:
+                    path = name
+                    break
+        frame = frame.f_back  # type: ignore[assignment]
+    return path
+
+
+_DOC = """Batch normalization over {what}, as ``torch.nn.{name}``, with an activation in the same pass.
+
+    ::
+
+        y = activation(weight * (input - mean) / sqrt(var + eps) + bias + residual)
+
+    In training ``mean`` and ``var`` (divisor m) are the mini-batch's, and the running statistics move
+    toward them; in eval they are the running statistics. Statistics, weight and bias are float32 whatever
+    the input is (float64 for ``dtype=torch.float64``), also after ``.half()`` and ``.bfloat16()``. The
+    state dict is that of ``torch.nn.{name}``, both ways.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels C.
+    eps : float, default 1e-5
+        Added to the variance [z]**2; positive.
+    momentum : float in [0, 1] or None, default 0.1
+        Weight of the NEW batch in the running statistics; None is the plain average of all batches.
+        (Keras and ONNX give the weight of the old value.)
+    affine : bool, default True
+        Learn ``weight`` (gamma) and ``bias`` (beta).
+    track_running_stats : bool, default True
+        Keep running statistics; without them eval uses the batch's too.
+    device : torch.device, optional
+        Where parameters and buffers are made.
+    dtype : torch.dtype, optional
+        float32 or float64; a half-precision dtype makes float32.
+    bias : bool, default True
+        Learn ``bias`` where ``affine`` is True.
+    activation : str, optional
+        As for `batchnorm.functional.batch_norm`.
+    channel_dim : int, default 1
+        The channel axis; -1 for channels last, e.g. (N, L, C).
+    on_single_value : {{"error", "running"}}, default "error"
+        Training with one value per channel: raise, or normalize with the running statistics.
+    on_nonfinite : {{"skip", "propagate", "raise"}}, default "skip"
+        A channel with NaN or inf: leave its statistics as they were and count it in
+        ``num_batches_skipped`` and ``skipped_channels``; ruin them, as torch; or raise.
+    virtual_batch_size : int, optional
+        Normalize parts of the batch of at most this size by themselves (ghost batch norm). The running
+        statistics take one step a part.
+    running_var_correction : {{1, 0}}, default 1
+        Divisor of ``running_var``: m - 1 (torch), or m (Keras, flax, ONNX).
+
+    Examples
+    --------
+    >>> import torch, batchnorm
+    >>> layer = batchnorm.{name}(3, activation="relu")
+    >>> y = layer(torch.randn({shape}))
+    >>> bool((y >= 0).all())
+    True
+    """
+
+
+class BatchNorm1d(_Layer, nn.BatchNorm1d):  # type: ignore[misc]
+    __doc__ = _DOC.format(what="(N, C) or (N, C, L)", name="BatchNorm1d", shape="8, 3")
+    _dimensions = (2, 3)
+
+
+class BatchNorm2d(_Layer, nn.BatchNorm2d):  # type: ignore[misc]
+    __doc__ = _DOC.format(what="(N, C, H, W)", name="BatchNorm2d", shape="8, 3, 4, 4")
+    _dimensions = (4,)
+
+
+class BatchNorm3d(_Layer, nn.BatchNorm3d):  # type: ignore[misc]
+    __doc__ = _DOC.format(what="(N, C, D, H, W)", name="BatchNorm3d", shape="8, 3, 2, 4, 4")
+    _dimensions = (5,)

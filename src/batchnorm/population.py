@@ -1,0 +1,148 @@
+"""From the statistics of mini-batches to those of the population: moving average, average, merge, blend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tracking(NamedTuple):
+    """Running statistics, and how a batch moves them.
+
+    For each channel, with ``k`` the number of batches counted with this one, less those skipped::
+
+        w = momentum, or 1 / k where momentum is None
+        running_mean = (1 - w) * running_mean + w * mean
+        running_var  = (1 - w) * running_var  + w * var * (m / (m - 1) if correction else 1)
+
+    With ``skip_nonfinite`` a channel whose batch mean or variance is not finite keeps its statistics.
+
+    Attributes
+    ----------
+    running_mean, running_var : Tensor, shape (C,)
+        Population mean [z] and variance [z]**2.
+    num_batches_tracked : Tensor of int64, shape (), or None
+        Batches seen; required where momentum is None.
+    num_batches_skipped : Tensor of int64, shape (), or None
+        Batches in which at least one channel was skipped.
+    skipped_channels : Tensor of int64, shape (C,), or None
+        For each channel, the batches skipped.
+    momentum : float or None
+        Weight of the NEW batch; None is the plain average.
+    correction : int
+        1: divisor m - 1 in running_var (torch); 0: divisor m (Keras, flax, ONNX).
+    skip_nonfinite : bool
+        Leave a channel alone whose batch is not finite.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor | None = None
+    num_batches_skipped: Tensor | None = None
+    skipped_channels: Tensor | None = None
+    momentum: float | None = 0.1
+    correction: int = 1
+    skip_nonfinite: bool = True
+
+
+def commit(tracking: Tracking, count: int | Tensor, mean: Tensor, var: Tensor) -> None:
+    """Move running statistics toward those of one batch, in place.
+
+    Written without a branch on values, so that a compiler can follow it.
+
+    Parameters
+    ----------
+    tracking : Tracking
+        What to move, and how.
+    count : int or Tensor, shape () or (C,)
+        Values per channel m. A channel with fewer than two stays as it is.
+    mean, var : Tensor, shape (C,)
+        The batch's mean and variance (divisor m).
+    """
+    running_mean, running_var = tracking.running_mean, tracking.running_var
+    with torch.no_grad():
+        mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
+        counts = torch.as_tensor(count, device=mean.device)
+        batch_counts = counts > 1
+        moves = batch_counts.expand(mean.shape)
+        if tracking.skip_nonfinite:
+            finite = torch.isfinite(mean) & torch.isfinite(var)
+            skipped = batch_counts & ~finite
+            moves = batch_counts & finite
+            if tracking.skipped_channels is not None:
+                tracking.skipped_channels.add_(skipped)
+            if tracking.num_batches_skipped is not None:
+                tracking.num_batches_skipped.add_(skipped.any())
+        if tracking.num_batches_tracked is not None:
+            tracking.num_batches_tracked.add_(batch_counts.any())
+        if tracking.correction:
+            m = counts.to(var.dtype)
+            var = var * (m / (m - 1).clamp(min=1))
+        weight: float | Tensor
+        if tracking.momentum is not None:
+            weight = tracking.momentum
+        else:
+            counted = tracking.num_batches_tracked
+            seen = torch.ones_like(counts) if counted is None else counted
+            if tracking.skipped_channels is not None:
+                seen = seen - tracking.skipped_channels
+            weight = 1 / seen.clamp(min=1).to(mean.dtype)
+        for running, batch in ((running_mean, mean), (running_var, var)):
+            running.copy_(torch.where(moves, running * (1 - weight) + batch * weight, running))
+
+
+def merge(
+    count: Tensor, mean: Tensor, m2: Tensor, count_b: int | Tensor, mean_b: Tensor, m2_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of the union of two sets of values, exactly (Chan, Golub and LeVeque 1983).
+
+    Parameters
+    ----------
+    count, mean, m2 : Tensor
+        Count, mean, and sum of squared deviations from it, of the first set; float64 keeps every digit.
+    count_b, mean_b, m2_b : Tensor
+        Of the second.
+
+    Returns
+    -------
+    count, mean, m2 : Tensor
+        Of both together. The spread between the two means is in ``m2``.
+    """
+    total = count + count_b
+    share = count_b / total.clamp(min=1) if isinstance(total, Tensor) else count_b / max(total, 1)
+    delta = mean_b.to(mean.dtype) - mean
+    return total, mean + delta * share, m2 + m2_b.to(m2.dtype) + delta * delta * (count * share)
+
+
+def blend(
+    prior: float, mean: Tensor, var: Tensor, count: float, batch_mean: Tensor, batch_var: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mix two distributions, the first worth ``prior`` samples and the second ``count``.
+
+    ::
+
+        m  = (prior * mean + count * batch_mean) / (prior + count)
+        var = (prior * var + count * batch_var) / (prior + count) + spread between the means
+
+    Parameters
+    ----------
+    prior : float
+        How many samples the first is worth; 0 keeps nothing of it, inf everything.
+    mean, var : Tensor, shape (C,)
+        Of the first.
+    count : float
+        How many samples the second is worth.
+    batch_mean, batch_var : Tensor, shape (C,)
+        Of the second.
+
+    Returns
+    -------
+    mean, var : Tensor, shape (C,)
+        Of the mixture.
+    """
+    share = 0.0 if prior == float("inf") else count / (prior + count)
+    delta = batch_mean - mean
+    blended = var * (1 - share) + batch_var * share + delta * delta * (share * (1 - share))
+    return mean + delta * share, blended

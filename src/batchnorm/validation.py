@@ -1,0 +1,348 @@
+"""What is checked before anything is computed, and the errors that say so.
+
+The checks run at every call, so the common case is one pass over a few attributes; the messages are made
+only when something is wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import (
+    ArgumentError,
+    BatchNormError,
+    DeviceError,
+    DtypeError,
+    MissingStatisticsError,
+    ShapeError,
+    TooFewValuesError,
+)
+from batchnorm.kernels.contract import ACTIVATIONS
+
+SINGLE_VALUE_POLICIES = ("error", "running")
+NONFINITE_POLICIES = ("skip", "propagate", "raise")
+MASKED_OUTPUTS = ("zero", "input")
+
+
+def check_arguments(
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    on_single_value: str,
+    on_nonfinite: str,
+    virtual_batch_size: int | None,
+) -> None:
+    """Raise `ArgumentError` unless every argument is in its range.
+
+    Parameters
+    ----------
+    momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size
+        As for `batchnorm.functional.batch_norm`.
+    """
+    check_momentum(momentum)
+    check_eps(eps)
+    check_activation(activation)
+    _one_of("on_single_value", on_single_value, SINGLE_VALUE_POLICIES)
+    _one_of("on_nonfinite", on_nonfinite, NONFINITE_POLICIES)
+    if virtual_batch_size is not None and (
+        isinstance(virtual_batch_size, bool)
+        or not isinstance(virtual_batch_size, int)
+        or virtual_batch_size < 1
+    ):
+        raise ArgumentError(
+            f"batch_norm: virtual_batch_size must be a positive whole number, and is {virtual_batch_size!r}.",
+            why="it is the number of samples that share their statistics.",
+            mend="give the size of a part of the batch, e.g. 32, or None for the whole batch.",
+        )
+
+
+def check_momentum(momentum: float | None) -> None:
+    """Raise `ArgumentError` unless ``momentum`` is None or in [0, 1].
+
+    Parameters
+    ----------
+    momentum : float or None
+        Weight of the new batch.
+    """
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ArgumentError(
+            f"batch_norm: momentum must be between 0 and 1, and is {momentum}.",
+            why="it is the weight of the new batch in an average; outside, the average runs away.",
+            mend="0.1 is usual; None is the plain average. Keras' 0.99 is written 0.01 here.",
+        )
+
+
+def check_eps(eps: float) -> None:
+    """Raise `ArgumentError` unless ``eps`` is positive.
+
+    Parameters
+    ----------
+    eps : float
+        Added to the variance.
+    """
+    if not eps > 0:
+        raise ArgumentError(
+            f"batch_norm: eps must be positive, but got {eps}.",
+            why="a channel whose values are all equal has variance 0, and would be divided by 0.",
+            mend="1e-5 is usual.",
+        )
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise `ArgumentError` unless the activation has a fused form.
+
+    Parameters
+    ----------
+    activation : str or None
+        Its name.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ArgumentError(
+            f"batch_norm: unknown activation {activation!r}.",
+            why="the activation is part of the kernel, which knows a fixed list.",
+            mend=f"one of {', '.join(ACTIVATIONS)}; or None, and apply your own after.",
+        )
+
+
+def check_switches(masked_output: str, running_var_correction: int) -> None:
+    """Raise `ArgumentError` unless both switches have one of their values.
+
+    Parameters
+    ----------
+    masked_output, running_var_correction
+        As for `batchnorm.functional.batch_norm`.
+    """
+    _one_of("masked_output", masked_output, MASKED_OUTPUTS)
+    if running_var_correction not in (0, 1):
+        raise ArgumentError(
+            f"batch_norm: running_var_correction must be 1 or 0, and is {running_var_correction!r}.",
+            why="running_var has divisor m - 1 (torch) or m (Keras, flax, ONNX), and no other is in use.",
+            mend="1 to exchange statistics with torch, 0 with the others.",
+        )
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ArgumentError(
+            f"batch_norm: {name}={value!r} is not known.",
+            why="a policy that is not understood would be ignored in silence.",
+            mend=f"one of {', '.join(map(repr, allowed))}.",
+        )
+
+
+def check_both_or_neither(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """Raise `ArgumentError` where only one of the running statistics is given.
+
+    Parameters
+    ----------
+    running_mean, running_var : Tensor or None
+        The running statistics.
+    """
+    if (running_mean is None) != (running_var is None):
+        raise ArgumentError(
+            "batch_norm: running_mean and running_var go together, and only one of them was given.",
+            why="inference needs both.",
+            mend="give both, or None for both.",
+        )
+
+
+_VECTOR_NAMES = {2: ("weight", "bias"), 4: ("running_mean", "running_var", "weight", "bias")}
+
+
+def check_tensors(z: Tensor, axis: int, vectors: tuple[Tensor | None, ...], residual: Tensor | None) -> None:
+    """Raise unless dtype, lengths and devices fit together.
+
+    Parameters
+    ----------
+    z : Tensor
+        The input.
+    axis : int
+        The channel axis, non-negative.
+    vectors : tuple of Tensor or None
+        (weight, bias) or (running_mean, running_var, weight, bias).
+    residual : Tensor or None
+        What is added.
+    """
+    if not z.is_floating_point():
+        raise DtypeError(
+            f"batch_norm: input must be floating, and is {z.dtype}.",
+            why="mean and variance of whole or complex numbers do not fit in their own dtype.",
+            mend="input.float().",
+        )
+    shape, device = z.shape[axis : axis + 1], z.device
+    for i, vector in enumerate(vectors):
+        if vector is None:
+            continue
+        if vector.shape != shape:
+            name = _VECTOR_NAMES[len(vectors)][i]
+            raise ShapeError(
+                f"batch_norm: {name} has shape {tuple(vector.shape)}, and input of shape {tuple(z.shape)} has "
+                f"{z.shape[axis]} channels along axis {axis}.",
+                why="each channel has one mean, variance, weight and bias.",
+                mend=f"give {name} the shape ({z.shape[axis]},); or channel_dim=-1 if the channels come last.",
+            )
+        if vector.device != device:
+            name = _VECTOR_NAMES[len(vectors)][i]
+            raise DeviceError(
+                f"batch_norm: input is on {device} and {name} on {vector.device}.",
+                why="a kernel reads one device's memory.",
+                mend=f"move the layer with .to({str(device)!r}), or the input to {vector.device}.",
+            )
+    if residual is not None and (
+        residual.shape != z.shape or residual.dtype != z.dtype or residual.device != device
+    ):
+        raise _residual_error(z, residual)
+
+
+def _residual_error(z: Tensor, residual: Tensor) -> BatchNormError:
+    if residual.device != z.device:
+        return DeviceError(
+            f"batch_norm: input is on {z.device} and residual on {residual.device}.",
+            why="a kernel reads one device's memory.",
+            mend=f"residual.to({str(z.device)!r}).",
+        )
+    if residual.shape != z.shape:
+        return ShapeError(
+            f"batch_norm: residual has shape {tuple(residual.shape)}, and input {tuple(z.shape)}.",
+            why="they are added value by value, and the residual has a gradient of its own shape.",
+            mend="expand or reshape it first.",
+        )
+    return DtypeError(
+        f"batch_norm: residual is {residual.dtype} and input {z.dtype}.",
+        why="the sum is rounded once, to input's dtype, and the gradient of each has its own.",
+        mend=f"residual.to({z.dtype}).",
+    )
+
+
+def spread_mask(mask: Tensor, z: Tensor, axis: int) -> Tensor:
+    """Give the mask a channel axis of size 1, expanded over every other axis of ``z``.
+
+    Parameters
+    ----------
+    mask : Tensor of bool
+        Broadcasts to the shape of ``z`` without the channel axis.
+    z : Tensor
+        The input.
+    axis : int
+        The channel axis, non-negative.
+
+    Returns
+    -------
+    Tensor of bool
+        Shape of ``z``, 1 along the channel axis.
+
+    Raises
+    ------
+    DtypeError, DeviceError, ShapeError
+        The mask does not fit.
+    """
+    if mask.dtype != torch.bool:
+        raise DtypeError(
+            f"batch_norm: mask must be boolean, and is {mask.dtype}.",
+            why="a value counts or it does not; a weight would need another formula.",
+            mend="mask.bool(), or mask > 0.",
+        )
+    if mask.device != z.device:
+        raise DeviceError(
+            f"batch_norm: input is on {z.device} and mask on {mask.device}.",
+            why="a kernel reads one device's memory.",
+            mend=f"mask.to({str(z.device)!r}).",
+        )
+    wanted = [*z.shape[:axis], *z.shape[axis + 1 :]]
+    fits = mask.dim() == len(wanted) and all(a in (1, b) for a, b in zip(mask.shape, wanted, strict=True))
+    if not fits:
+        raise ShapeError(
+            f"batch_norm: mask has shape {tuple(mask.shape)}, and input {tuple(z.shape)} without its channel axis "
+            f"{tuple(wanted)}.",
+            why="a position is masked for every channel at once.",
+            mend="drop the channel axis of the mask, or add axes of size 1 where it broadcasts.",
+        )
+    spread = [*z.shape]
+    spread[axis] = 1
+    return mask.unsqueeze(axis).expand(spread)
+
+
+def any_gradient(*tensors: Tensor | None) -> bool:
+    """Whether any of the tensors records a gradient.
+
+    Parameters
+    ----------
+    *tensors : Tensor or None
+        What to look at.
+
+    Returns
+    -------
+    bool
+        True when one does.
+    """
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def too_few_values(z: Tensor, axis: int) -> TooFewValuesError:
+    """Make the error for one value per channel.
+
+    Parameters
+    ----------
+    z : Tensor
+        The input.
+    axis : int
+        The channel axis.
+
+    Returns
+    -------
+    TooFewValuesError
+        To be raised.
+    """
+    return TooFewValuesError(
+        f"batch_norm: training needs at least 2 values per channel, and input of shape {tuple(z.shape)} has 1. "
+        "(Expected more than 1 value per channel when training.)",
+        why="a single value equals its own mean, so the output is the bias and no gradient reaches the input.",
+        mend='a larger batch; or eval mode; or on_single_value="running".',
+    )
+
+
+def missing_statistics() -> MissingStatisticsError:
+    """Make the error for inference without running statistics.
+
+    Returns
+    -------
+    MissingStatisticsError
+        To be raised.
+    """
+    return MissingStatisticsError(
+        "batch_norm: running_mean and running_var are needed, and at least one of them is None. "
+        "(Expected running_mean and running_var to be defined when training=False.)",
+        why="the samples at test time are too few for statistics of their own.",
+        mend="give both; or training=True to use the batch's.",
+    )
+
+
+def inplace_in_training() -> ArgumentError:
+    """Make the error for in-place training.
+
+    Returns
+    -------
+    ArgumentError
+        To be raised.
+    """
+    return ArgumentError(
+        "batch_norm: inplace=True is for inference, and training=True was given.",
+        why="the backward needs the input, which would be overwritten.",
+        mend="drop one of the two.",
+    )
+
+
+def inplace_with_gradient() -> ArgumentError:
+    """Make the error for an in-place call that records a gradient.
+
+    Returns
+    -------
+    ArgumentError
+        To be raised.
+    """
+    return ArgumentError(
+        "batch_norm: inplace=True where a gradient is recorded.",
+        why="the backward needs the input, which would be overwritten.",
+        mend="run under torch.no_grad() or torch.inference_mode(), or drop inplace.",
+    )
