@@ -93,22 +93,22 @@ def make_operands(case: Case, seed: int = 0) -> Operands:
     )
 
 
-def leaf(tensor: Tensor | None, wanted: bool) -> Tensor | None:
+def leaf(tensor: Tensor, wanted: bool) -> Tensor:
     """Give a tensor that shares the memory of another and gathers a gradient of its own.
 
     Parameters
     ----------
-    tensor : Tensor or None
+    tensor : Tensor
         The tensor.
     wanted : bool
         Whether it takes part in autograd.
 
     Returns
     -------
-    Tensor or None
+    Tensor
         A detached view.
     """
-    return None if tensor is None else tensor.detach().requires_grad_(wanted)
+    return tensor.detach().requires_grad_(wanted)
 
 
 class TorchContender:
@@ -119,15 +119,15 @@ class TorchContender:
         self.training = case.mode == "training"
         self.dy = operands.dy
         self.z = leaf(operands.z, self.training)
-        self.residual = leaf(operands.residual, self.training)
+        residual = operands.residual
+        self.residual = None if residual is None else leaf(residual, self.training)
         self.weight = leaf(operands.weight, self.training)
         self.bias = leaf(operands.bias, self.training)
         self.running_mean = operands.running_mean.clone()
         self.running_var = operands.running_var.clone()
         self.channel_dim = operands.channel_dim
-        self.leaves = tuple(
-            t for t in (self.z, self.weight, self.bias, self.residual) if t is not None and self.training
-        )
+        leaves = (self.z, self.weight, self.bias, self.residual)
+        self.leaves = tuple(t for t in leaves if t is not None and self.training)
         self.call = self.prepare()
 
     def prepare(self) -> Any:
@@ -205,7 +205,7 @@ class Ours(TorchContender):
 
         self.operator = batch_norm
         self.activation = None if self.case.form == "plain" else "relu"
-        self.extra = {} if self.channel_dim == 1 else {"channel_dim": self.channel_dim}
+        self.extra: dict[str, Any] = {} if self.channel_dim == 1 else {"channel_dim": self.channel_dim}
         return self.formula
 
     def formula(self, z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
@@ -233,6 +233,7 @@ class EngineAlone(TorchContender):
         self.engine = select(self.z)
         self.activation = None if self.case.form == "plain" else "relu"
         self.inv_std = (self.running_var + EPS).rsqrt()
+        self.saved: tuple[Any, ...] = ()
         return None
 
     def forward(self) -> Any:
@@ -248,9 +249,10 @@ class EngineAlone(TorchContender):
                     self.residual,
                     self.activation,
                 )
-            y, *self.saved = self.engine.forward(
+            y, *saved = self.engine.forward(
                 self.z, self.channel_dim, self.weight, self.bias, EPS, self.residual, self.activation, None
             )
+            self.saved = tuple(saved)
             return y
 
     def backward(self, y: Any) -> Any:

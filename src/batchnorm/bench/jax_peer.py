@@ -81,8 +81,8 @@ class Jax:
         return y, running
 
     def with_pullback(self, z: Any, weight: Any, bias: Any, residual: Any, running: Any) -> Any:
-        def of_leaves(*leaves: Any) -> Any:
-            return self.formula(*leaves, running)
+        def of_leaves(z: Any, weight: Any, bias: Any, residual: Any) -> Any:
+            return self.formula(z, weight, bias, residual, running)
 
         return jax.vjp(of_leaves, z, weight, bias, residual, has_aux=True)
 

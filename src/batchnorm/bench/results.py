@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -276,7 +277,7 @@ def read(path: Path) -> list[Row]:
     DataError
         The file has other columns.
     """
-    numbers = {"rounds": int, "threads": int}
+    numbers: dict[str, Any] = {"rounds": int, "threads": int}
     numbers |= {f.name: float for f in fields(Row) if f.type == "float"}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from batchnorm.bench import bar
 from batchnorm.bench.contenders import CONTENDERS
@@ -17,6 +18,8 @@ from batchnorm.bench.results import read
 from batchnorm.bench.shapes import bar_cases, cases
 from batchnorm.bench.worker import Order
 from batchnorm.errors import ArgumentError, BatchNormError
+
+SHOWN = 20
 
 
 def processors() -> list[int]:
@@ -222,8 +225,11 @@ def summarize(path: Path, threads: Sequence[int], console: Console) -> None:
     if drawn.row_count:
         console.print(drawn)
     slow = [one for one in bar.slower_than_eager(found) if one.threads in threads]
-    for one in slow:
-        console.print(f"slower than torch eager: {one.label}, {one.threads} threads: {one.ratio:.2f}x")
-    if not slow:
+    if slow:
+        listing = Table("slower than torch eager", "threads", "eager over ours")
+        for one in slow[:SHOWN]:
+            listing.add_row(one.label, str(one.threads), f"{one.ratio:.2f}")
+        console.print(listing, f"{len(slow)} in all")
+    else:
         console.print("No case timed here was slower than torch eager.")
     console.print(f"rows: {path}")
