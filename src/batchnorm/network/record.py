@@ -1,0 +1,200 @@
+"""What a tool did to a network, what it left alone, and why: a table that travels with the network."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+_ATTRIBUTE = "_batchnorm_record"
+LEFT_ALONE = "left alone"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a record.
+
+    Parameters
+    ----------
+    path : str
+        Where in the model, as in ``named_modules()``; ``""`` is the model itself.
+    kind : str
+        What is there: the class name of the module.
+    action : str
+        What was done, as a past participle (``"inserted"``, ``"folded"``, ...), or ``"left alone"``.
+    detail : str
+        What exactly: the new layer, the layer folded into.
+    reason : str
+        Why it was left alone, or a condition that the change rests on.
+    tool : str
+        The function that did it.
+    """
+
+    path: str
+    kind: str
+    action: str
+    detail: str = ""
+    reason: str = ""
+    tool: str = ""
+
+
+@dataclass
+class Record:
+    """Rows in the order in which they were written; prints as a table.
+
+    Parameters
+    ----------
+    rows : list of Row
+        What was done and left alone so far.
+
+    Examples
+    --------
+    >>> from batchnorm.network.record import Record
+    >>> made = Record()
+    >>> made.add("conv1", "Conv2d", "folded", "BatchNorm2d bn1", tool="fold")
+    >>> made.counts()
+    {'folded': 1}
+    """
+
+    rows: list[Row] = field(default_factory=list)
+
+    def add(
+        self, path: str, kind: str, action: str, detail: str = "", reason: str = "", *, tool: str = ""
+    ) -> None:
+        """Write one row.
+
+        Parameters
+        ----------
+        path, kind, action, detail, reason, tool : str
+            The fields of :class:`Row`.
+        """
+        self.rows.append(Row(path, kind, action, detail, reason, tool))
+
+    def leave(self, path: str, kind: str, reason: str, *, tool: str = "") -> None:
+        """Write that something was left alone.
+
+        Parameters
+        ----------
+        path, kind, reason, tool : str
+            The fields of :class:`Row`.
+        """
+        self.add(path, kind, LEFT_ALONE, reason=reason, tool=tool)
+
+    def of(self, action: str) -> list[Row]:
+        """Rows with one action.
+
+        Parameters
+        ----------
+        action : str
+            For example ``"folded"``.
+
+        Returns
+        -------
+        list of Row
+            In the order written.
+        """
+        return [row for row in self.rows if row.action == action]
+
+    @property
+    def left_alone(self) -> list[Row]:
+        """Rows of what was not changed."""
+        return self.of(LEFT_ALONE)
+
+    def reason(self, path: str) -> str:
+        """Why the module at a path was left alone.
+
+        Parameters
+        ----------
+        path : str
+            As in ``named_modules()``.
+
+        Returns
+        -------
+        str
+            The reason of the latest such row; empty when there is none.
+        """
+        return next((row.reason for row in reversed(self.rows) if row.path == path and row.reason), "")
+
+    def counts(self) -> dict[str, int]:
+        """How often each action occurs.
+
+        Returns
+        -------
+        dict
+            Action to number of rows.
+        """
+        return dict(Counter(row.action for row in self.rows))
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __rich__(self) -> Table:
+        table = Table(
+            title=", ".join(f"{n} {action}" for action, n in self.counts().items()) or "nothing done"
+        )
+        several = len({row.tool for row in self.rows}) > 1
+        for name in (["tool"] if several else []) + ["path", "kind", "action", "detail", "reason"]:
+            table.add_column(name, overflow="fold")
+        for row in self.rows:
+            shown = [row.path or "(the model)", row.kind, row.action, row.detail, row.reason]
+            table.add_row(*([row.tool] if several else []), *shown)
+        return table
+
+    def __str__(self) -> str:
+        # a fixed width: the text must not depend on the terminal it is made in
+        console = Console(file=io.StringIO(), width=140, color_system=None, markup=False, emoji=False)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def record(network: torch.nn.Module) -> Record:
+    """What the tools of this package did to a network, and what they left alone and why.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        A network that ``insert``, ``fold``, ``accelerate``, ``convert``, ... returned.
+
+    Returns
+    -------
+    Record
+        Prints as a table. Empty for a network that no tool has touched. It is copied and pickled with
+        the network, and is no part of its state dict.
+
+    Examples
+    --------
+    >>> import torch, batchnorm
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> [row.path for row in batchnorm.record(batchnorm.insert(net)) if row.action == "inserted"]
+    ['0']
+    """
+    found = getattr(network, _ATTRIBUTE, None)
+    return found if isinstance(found, Record) else Record()
+
+
+def write_record(network: torch.nn.Module, rows: Record) -> torch.nn.Module:
+    """Append rows to a network's record.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        The network that the rows tell of; changed in place.
+    rows : Record
+        What to append to what it has.
+
+    Returns
+    -------
+    torch.nn.Module
+        ``network``.
+    """
+    # a new object: a copy of the network made earlier may still hold the old one
+    object.__setattr__(network, _ATTRIBUTE, Record([*record(network).rows, *rows.rows]))
+    return network
