@@ -51,8 +51,8 @@ class DomainStatistics(nn.Module):
         self.register_buffer("skipped_channels", torch.zeros(num_features, **whole), persistent=False)
 
 
-class _Layer(nn.Module):
-    """What the three layers share. Stands before torch's class in the order of bases."""
+class Layer(nn.Module):
+    """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share; before torch's class in the order of bases."""
 
     _dimensions: tuple[int, ...]
     weight: nn.Parameter | None
@@ -112,7 +112,7 @@ class _Layer(nn.Module):
         self.register_buffer("skipped_channels", channels, persistent=False)
 
     @classmethod
-    def adopt(cls, layer: nn.modules.batchnorm._NormBase, **options: Any) -> _Layer:
+    def adopt(cls, layer: nn.modules.batchnorm._NormBase, **options: Any) -> Layer:
         """Make a layer of ours around another's Parameters and buffers, which both then share.
 
         Parameters
@@ -186,7 +186,15 @@ class _Layer(nn.Module):
                 error.at = _path_from_stack(self)
             raise
 
-    def _forward(self, z: Tensor, residual: Tensor | None, mask: Tensor | None, masked_output: str) -> Tensor:
+    def _forward(
+        self,
+        z: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        masked_output: str,
+        activation: str | None = None,
+    ) -> Tensor:
+        # activation: of this call alone, where network.accelerate found it behind the layer
         if z.dim() not in self._dimensions:
             self._check_input_dim(z)
         validation.check_eps(self.eps)
@@ -194,7 +202,7 @@ class _Layer(nn.Module):
             validation.check_switches(masked_output, self.running_var_correction)
         options = Options(
             self.eps,
-            self.activation,
+            self.activation if activation is None else activation,
             self.channel_dim,
             self.on_single_value,
             self.on_nonfinite,
@@ -329,7 +337,7 @@ class _Layer(nn.Module):
             shown.append("frozen=" + "+".join(frozen))
         return ", ".join([text, *shown])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         def keep_wide(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             if result.dtype in _HALF and tensor.is_floating_point():
@@ -356,7 +364,7 @@ class _Layer(nn.Module):
         if "frozen" in local_metadata:
             self.frozen_statistics, affine = map(bool, local_metadata["frozen"])
             if affine != self.frozen_affine:
-                self._freeze_affine(affine)
+                self.freeze_affine(affine)
         start = f"{prefix}domains."
         for key in state_dict:
             if (
@@ -367,7 +375,14 @@ class _Layer(nn.Module):
                 self.add_domain(key[len(start) :].split(".")[0])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
-    def _freeze_affine(self, frozen: bool) -> None:
+    def freeze_affine(self, frozen: bool) -> None:
+        """Stop gamma and beta from learning, or let them learn.
+
+        Parameters
+        ----------
+        frozen : bool
+            Whether they stop.
+        """
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(not frozen)
@@ -447,16 +462,16 @@ _DOC = """Batch normalization over {what}, as ``torch.nn.{name}``, with an activ
     """
 
 
-class BatchNorm1d(_Layer, nn.BatchNorm1d):  # type: ignore[misc]
+class BatchNorm1d(Layer, nn.BatchNorm1d):  # type: ignore[misc]
     __doc__ = _DOC.format(what="(N, C) or (N, C, L)", name="BatchNorm1d", shape="8, 3")
     _dimensions = (2, 3)
 
 
-class BatchNorm2d(_Layer, nn.BatchNorm2d):  # type: ignore[misc]
+class BatchNorm2d(Layer, nn.BatchNorm2d):  # type: ignore[misc]
     __doc__ = _DOC.format(what="(N, C, H, W)", name="BatchNorm2d", shape="8, 3, 4, 4")
     _dimensions = (4,)
 
 
-class BatchNorm3d(_Layer, nn.BatchNorm3d):  # type: ignore[misc]
+class BatchNorm3d(Layer, nn.BatchNorm3d):  # type: ignore[misc]
     __doc__ = _DOC.format(what="(N, C, D, H, W)", name="BatchNorm3d", shape="8, 3, 2, 4, 4")
     _dimensions = (5,)

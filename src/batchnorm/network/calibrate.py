@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm.layout import channel_axis
-from batchnorm.population import merge
+from batchnorm.network.batches import move_to, run_batch, single_device
 from batchnorm.network.record import Record, write_record
+from batchnorm.population import merge
 
 Estimator = Literal["pooled", "average", "moving"]
 Forward = Callable[[nn.Module, Any], Any]
@@ -118,14 +119,16 @@ def calibrate(
         )
     told = Record()
     meters = _meters(model, estimator, momentum, told)
-    run = forward if forward is not None else _default_forward
-    device = _single_device(model)
+    device = single_device(model)
     if isinstance(data, Tensor):
         data = [data]
     batches = 0
     with _batch_statistics_mode(model, meters), _progress(data, progress) as stream:
         for batch in stream:
-            run(model, batch if forward is not None or device is None else _to_device(batch, device))
+            if forward is not None:
+                forward(model, batch)
+            else:
+                run_batch(model, batch if device is None else move_to(batch, device), "calibrate")
             batches += 1
     if not batches:
         raise DataError(
@@ -267,13 +270,7 @@ def _statistics(z: Tensor, channel_dim: int, mask: Tensor | None) -> tuple[Tenso
 
 def _broadcast_mask(mask: Tensor, z: Tensor, axis: int) -> Tensor:
     """Give the mask of the positions in ``z``, with an axis of length 1 for the channel."""
-    shape = list(z.shape)
-    shape[axis] = 1
-    if mask.ndim == z.ndim - 1:
-        mask = mask.unsqueeze(axis)
-    while mask.ndim < z.ndim:
-        mask = mask.unsqueeze(-1)
-    return mask.bool().expand(shape)
+    return mask.broadcast_to(z.shape[:axis] + z.shape[axis + 1 :]).unsqueeze(axis)
 
 
 def _kind(layer: nn.Module) -> str:
@@ -291,7 +288,7 @@ def _meters(model: nn.Module, estimator: Estimator, momentum: float, told: Recor
             told.leave(path, _kind(layer), "keeps no running statistics", tool="calibrate")
         elif isinstance(layer.running_mean, nn.parameter.UninitializedTensorMixin):
             told.leave(path, _kind(layer), "is lazy and has not seen its first batch", tool="calibrate")
-        elif _is_frozen(layer):
+        elif getattr(layer, "frozen_statistics", False):
             told.leave(path, _kind(layer), "frozen", tool="calibrate")
         elif layer in frozen:
             told.leave(
@@ -300,12 +297,6 @@ def _meters(model: nn.Module, estimator: Estimator, momentum: float, told: Recor
         else:
             meters[layer] = _Meter(layer, path, estimator, momentum)
     return meters
-
-
-def _is_frozen(layer: nn.Module) -> bool:
-    frozen = getattr(layer, "frozen", False)
-    # freezing gamma and beta alone leaves the statistics free
-    return bool(frozen) and frozen != "affine"
 
 
 def _put_in_eval(model: nn.Module) -> set[nn.Module]:
@@ -356,33 +347,3 @@ def _progress(data: Iterable, wanted: bool) -> Iterator[Iterable]:
     total = len(data) if hasattr(data, "__len__") else None
     with Progress(console=console, transient=True) as bar:
         yield bar.track(data, total=total, description="calibrate")
-
-
-def _default_forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
-        return _default_forward(model, batch[0])
-    raise ArgumentError(
-        f"calibrate: a batch of type {type(batch).__name__} is neither a tensor, a mapping, nor a tuple or list "
-        "whose first element is one.",
-        why="it is not clear what of it the model takes.",
-        mend="pass forward=lambda model, batch: model(...).",
-    )
-
-
-def _single_device(model: nn.Module) -> torch.device | None:
-    devices = {tensor.device for group in (model.parameters(), model.buffers()) for tensor in group}
-    return devices.pop() if len(devices) == 1 else None
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: _to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [_to_device(value, device) for value in batch]
-    return batch

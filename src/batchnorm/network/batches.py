@@ -1,0 +1,88 @@
+"""How a batch of any usual structure goes into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.errors import ArgumentError
+
+
+def run_batch(model: nn.Module, batch: Any, verb: str) -> Any:
+    """Call a model on a batch.
+
+    Parameters
+    ----------
+    model : Module
+        The network.
+    batch : Tensor, mapping, tuple or list
+        A tensor; keyword arguments; or a tuple or list whose first element is one of these.
+    verb : str
+        Who asks, for the message.
+
+    Returns
+    -------
+    object
+        What the model gives.
+
+    Raises
+    ------
+    ArgumentError
+        The batch is of another structure.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+        return run_batch(model, batch[0], verb)
+    raise ArgumentError(
+        f"{verb}: a batch of type {type(batch).__name__} is neither a tensor, a mapping, nor a tuple or list "
+        "whose first element is one.",
+        why="it is not clear what of it the model takes.",
+        mend="pass forward=lambda model, batch: model(...).",
+    )
+
+
+def single_device(model: nn.Module) -> torch.device | None:
+    """Give the device that all of a model is on.
+
+    Parameters
+    ----------
+    model : Module
+        The network.
+
+    Returns
+    -------
+    torch.device or None
+        None where it is on several, or has no tensor.
+    """
+    devices = {tensor.device for group in (model.parameters(), model.buffers()) for tensor in group}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def move_to(batch: Any, device: torch.device) -> Any:
+    """Give a batch with its tensors on a device.
+
+    Parameters
+    ----------
+    batch : Tensor, mapping, tuple, list or anything else
+        What is not one of these stays as it is.
+    device : torch.device
+        Where to.
+
+    Returns
+    -------
+    object
+        Of the same structure; tuples become lists.
+    """
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: move_to(value, device) for name, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [move_to(value, device) for value in batch]
+    return batch

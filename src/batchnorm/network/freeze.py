@@ -1,0 +1,118 @@
+"""Hold statistics, or gamma and beta, still through fine-tuning."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import ArgumentError
+from batchnorm.modules import Layer
+
+
+def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> nn.Module:
+    """Freeze the batch norms of a model, so that ``.train()`` does not thaw them.
+
+    A layer whose statistics are frozen normalizes with its running statistics in train mode too, and never
+    moves them. Freezing gamma and beta sets ``requires_grad`` to False on both. What is frozen shows in
+    ``repr`` and is saved with the state dict, in its metadata, where ``torch.nn`` passes over it; loading
+    such a state dict into our layers freezes them.
+
+    Parameters
+    ----------
+    model : Module
+        A network with batch norms of this package, or one such layer; changed in place.
+    statistics : bool, default True
+        Freeze running means and variances. False leaves them as they are, frozen or not.
+    affine : bool, default False
+        Freeze gamma and beta. False leaves them as they are.
+
+    Returns
+    -------
+    Module
+        ``model``.
+
+    Raises
+    ------
+    ArgumentError
+        No batch norm in the model; one of ``torch.nn``, which the next ``.train()`` would thaw; or
+        statistics of a layer that keeps none. Nothing is changed then.
+
+    Examples
+    --------
+    >>> import batchnorm
+    >>> layer = batchnorm.freeze(batchnorm.BatchNorm1d(3)).train()
+    >>> layer.frozen_statistics
+    True
+    """
+    layers = _layers(model, "freeze")
+    if statistics:
+        for path, layer in layers.items():
+            if layer.running_mean is None:
+                raise ArgumentError(
+                    "freeze: a layer with track_running_stats=False has no statistics to freeze.",
+                    why="it always normalizes with the batch's.",
+                    mend="statistics=False, or give the layer statistics and calibrate it.",
+                    at=path,
+                )
+    for layer in layers.values():
+        layer.frozen_statistics = layer.frozen_statistics or statistics
+        if affine:
+            layer.freeze_affine(True)
+    return model
+
+
+def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> nn.Module:
+    """Undo `freeze`.
+
+    Parameters
+    ----------
+    model : Module
+        A network with batch norms of this package, or one such layer; changed in place.
+    statistics : bool, default True
+        Let running statistics move again in train mode.
+    affine : bool, default True
+        Let gamma and beta learn again, in the layers where `freeze` stopped them.
+
+    Returns
+    -------
+    Module
+        ``model``.
+
+    Raises
+    ------
+    ArgumentError
+        As for `freeze`.
+
+    Examples
+    --------
+    >>> import batchnorm
+    >>> layer = batchnorm.unfreeze(batchnorm.freeze(batchnorm.BatchNorm1d(3)))
+    >>> layer.frozen_statistics
+    False
+    """
+    for layer in _layers(model, "unfreeze").values():
+        layer.frozen_statistics = layer.frozen_statistics and not statistics
+        if affine and layer.frozen_affine:
+            layer.freeze_affine(False)
+    return model
+
+
+def _layers(model: nn.Module, verb: str) -> dict[str, Layer]:
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
+    strangers = [
+        path for path, module in model.named_modules() if isinstance(module, _BatchNorm) and path not in layers
+    ]
+    if strangers:
+        raise ArgumentError(
+            f"{verb}: {len(strangers)} batch norms are torch.nn's own.",
+            why="they hold still only until somebody calls .train().",
+            mend="batchnorm.accelerate(model) first: it makes them ours and keeps their parameters.",
+            at=strangers[0],
+        )
+    if not layers:
+        raise ArgumentError(
+            f"{verb}: {type(model).__name__} has no batch norm.",
+            why="there is nothing to do, and you expected that there is.",
+            mend="look at the model; a folded network has none left.",
+        )
+    return layers
