@@ -86,6 +86,12 @@ def batch_mean_m2(
     return count, mean, torch.where(mask, z - mean.view(shape), 0).square().sum(others)
 
 
+def _as(z: Tensor, value: Tensor) -> Tensor:
+    """Give ``value`` the dtype and memory format of ``z``, whatever it was computed beside."""
+    result = torch.empty_like(z)
+    return value.to(z.dtype) if value.stride() == result.stride() else result.copy_(value)
+
+
 class AtenEngine:
     """`Engine` made of torch operations."""
 
@@ -112,7 +118,7 @@ class AtenEngine:
     ) -> Tensor:
         u, _ = self._pre_activation(z, channel_dim, mean, inv_std, gamma, beta, residual)
         y = activate(u, activation)
-        return y.to(z.dtype) if out is None else out.copy_(y)
+        return _as(z, y) if out is None else out.copy_(y)
 
     def backward_reduce(
         self,
@@ -152,7 +158,7 @@ class AtenEngine:
             shape
         )
         dz = (du - through) * scale.view(shape)
-        return dz.to(z.dtype), du.to(z.dtype) if with_residual else None
+        return _as(z, dz), _as(z, du) if with_residual else None
 
     def forward(
         self,
@@ -171,7 +177,7 @@ class AtenEngine:
         var = m2 / m
         inv_std = (var + eps).rsqrt()
         u, _ = self._pre_activation(wide, channel_dim, mean, inv_std, gamma, beta, residual)
-        y = activate(u, activation).to(z.dtype)
+        y = _as(z, activate(u, activation))
         dtype = vector_dtype(z)
         mean, var, inv_std = mean.to(dtype), var.to(dtype), inv_std.to(dtype)
         if tracking is not None:
@@ -201,7 +207,7 @@ class AtenEngine:
             m = max(values_per_channel(z.shape, channel_dim), 1)
             inner = du - (sum_dy / m).view(shape) - z_hat * (sum_dy_zhat / m).view(shape)
         dtype = vector_dtype(z)
-        dz = (inner * scale.view(shape)).to(z.dtype)
+        dz = _as(z, inner * scale.view(shape))
         return Backward(
             dz, sum_dy.to(dtype), sum_dy_zhat.to(dtype), du.to(z.dtype) if with_residual else None
         )
