@@ -124,7 +124,8 @@ class Flow:
         if not calls:
             raise Unproven(self._why_unseen(module))
         for training in self.modes:
-            if not any(call.view.training is training for call in calls):
+            # where all above it was followed and no call was found, that mode does not call it
+            if not any(call.view.training is training for call in calls) and self._has_unseen_above(module):
                 raise Unproven(f"its flow can't be seen in {'training' if training else 'eval'} mode")
         if not any(call.view.evidence == "run" for call in calls):
             self._check_not_touched(module, {call.view.scope for call in calls})
@@ -217,6 +218,9 @@ class Flow:
             found |= self.reads.get(id(tensor), set()) if tensor is not None else set()
         return sorted(path or "(the model)" for path in found)
 
+    def _has_unseen_above(self, module: nn.Module) -> bool:
+        return any(above in self.unseen for name in self.names(module) for above in _ancestors(name))
+
     # -- what was not seen ------------------------------------------------------------------------------
     def _why_unseen(self, module: nn.Module) -> str:
         for name in self.names(module):
@@ -246,7 +250,7 @@ class Flow:
                     if above in self.unseen and above in modules
                     else frozenset()
                 )
-                methods = {n for n in vars(type(modules[scope])) if n != "forward" and not n.startswith("__")}
+                methods = _own_methods(type(modules[scope]))
                 for name in [*inside, *sorted(methods)]:
                     if name in touched and not name.isdigit():
                         raise Unproven(
@@ -389,6 +393,13 @@ def _ancestors(path: str) -> list[str]:
     """Paths above a path, nearest first, ``""`` last."""
     parts = path.split(".") if path else []
     return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
+
+
+def _own_methods(kind: type) -> set[str]:
+    """Methods other than forward through which a parent could run a module's children."""
+    if kind.__module__.startswith("torch.nn."):
+        return set()
+    return {name for name in vars(kind) if name != "forward" and not name.startswith("__")}
 
 
 @cache

@@ -12,6 +12,7 @@ import dis
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import fx, nn
 from batchnorm.network.flow import Value, View, append_call, canonical, values_in
 from batchnorm.network.kinds import SHAPE_ONLY, has_hooks, is_leaf
 
-_MOST_WAYS = 16
+_MOST_WAYS = 32
 _CONSTANT = "<constant>"
 
 
@@ -72,17 +73,19 @@ class _Ways:
         self.waiting: list[list[bool]] = [[]]
         self.taken: list[bool] = []
         self.given: list[bool] = []
+        self.tried = 0
 
     def next(self) -> bool:
         if not self.waiting:
             return False
         self.given, self.taken = self.waiting.pop(), []
+        self.tried += 1
         return True
 
     def decide(self) -> bool:
         position = len(self.taken)
         if position >= len(self.given):
-            if len(self.waiting) >= _MOST_WAYS:
+            if len(self.waiting) + self.tried > _MOST_WAYS:
                 raise CannotFollow("it branches on values too often")
             self.waiting.append([*self.taken, True])
         choice = self.given[position] if position < len(self.given) else False
@@ -215,7 +218,8 @@ class _Tracer(fx.Tracer):
     def _rewind(self, mark: fx.Node) -> None:
         while self._last() is not mark:
             node = self._last()
-            self.cache = {name: proxy for name, proxy in self.cache.items() if proxy.node is not node}
+            if node.op == "get_attr":
+                self.cache.pop(node.target, None)
             self.graph.erase_node(node)
 
 
@@ -502,9 +506,15 @@ def _function(node: fx.Node) -> tuple[str, bool]:
     if node.kwargs.get("inplace") is True:
         inplace = True
     elif callable(target) and len(node.args) > 1:
-        try:
-            bound = inspect.signature(target).bind_partial(*node.args)
-            inplace = inplace or bound.arguments.get("inplace") is True
-        except (TypeError, ValueError):
-            pass
+        place = _place_of_inplace(target)
+        inplace = inplace or (place is not None and len(node.args) > place and node.args[place] is True)
     return name, inplace
+
+
+@cache
+def _place_of_inplace(target: Any) -> int | None:
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
