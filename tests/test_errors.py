@@ -35,8 +35,16 @@ FUNCTION_CASES = {
     "no batch axis": (partial(call, input=torch.randn(3)), errors.ShapeError, "at least 2 axes"),
     "whole numbers": (partial(call, input=Z.long()), errors.DtypeError, "must be floating"),
     "complex numbers": (partial(call, input=Z + 0j), errors.DtypeError, "must be floating"),
-    "short running mean": (partial(call, running_mean=torch.zeros(2)), errors.ShapeError, r"running_mean has shape"),
-    "short running var": (partial(call, running_var=torch.zeros(2)), errors.ShapeError, r"running_var has shape"),
+    "short running mean": (
+        partial(call, running_mean=torch.zeros(2)),
+        errors.ShapeError,
+        r"running_mean has shape",
+    ),
+    "short running var": (
+        partial(call, running_var=torch.zeros(2)),
+        errors.ShapeError,
+        r"running_var has shape",
+    ),
     "long weight": (partial(call, weight=torch.ones(4)), errors.ShapeError, r"weight has shape \(4,\)"),
     "bias of two axes": (partial(call, bias=torch.ones(3, 1)), errors.ShapeError, "bias has shape"),
     "weight on another device": (
@@ -55,18 +63,34 @@ FUNCTION_CASES = {
         errors.MissingStatisticsError,
         "are needed",
     ),
-    "momentum above 1": (partial(call, momentum=1.5), errors.ArgumentError, "momentum must be between 0 and 1"),
-    "momentum below 0": (partial(call, momentum=-0.1), errors.ArgumentError, "momentum must be between 0 and 1"),
+    "momentum above 1": (
+        partial(call, momentum=1.5),
+        errors.ArgumentError,
+        "momentum must be between 0 and 1",
+    ),
+    "momentum below 0": (
+        partial(call, momentum=-0.1),
+        errors.ArgumentError,
+        "momentum must be between 0 and 1",
+    ),
     "momentum nan": (partial(call, momentum=float("nan")), errors.ArgumentError, "momentum must be"),
     "eps zero": (partial(call, eps=0.0), errors.ArgumentError, "eps must be positive"),
     "eps negative": (partial(call, eps=-1.0), errors.ArgumentError, "eps must be positive"),
-    "unknown activation": (partial(call, activation="swish"), errors.ArgumentError, "unknown activation 'swish'"),
+    "unknown activation": (
+        partial(call, activation="swish"),
+        errors.ArgumentError,
+        "unknown activation 'swish'",
+    ),
     "residual of another shape": (
         partial(call, residual=torch.randn(4, 3, 5, 1)),
         errors.ShapeError,
         "residual has shape",
     ),
-    "residual of another dtype": (partial(call, residual=Z.double()), errors.DtypeError, "residual is torch.float64"),
+    "residual of another dtype": (
+        partial(call, residual=Z.double()),
+        errors.DtypeError,
+        "residual is torch.float64",
+    ),
     "residual on another device": (
         partial(call, residual=Z.to("meta")),
         errors.DeviceError,
@@ -92,7 +116,11 @@ FUNCTION_CASES = {
         errors.TooFewValuesError,
         "the mask keeps 0",
     ),
-    "unknown masked_output": (partial(call, masked_output="nan"), errors.ArgumentError, "masked_output='nan'"),
+    "unknown masked_output": (
+        partial(call, masked_output="nan"),
+        errors.ArgumentError,
+        "masked_output='nan'",
+    ),
     "channel_dim is the batch": (partial(call, channel_dim=0), errors.ShapeError, "channel_dim=0"),
     "channel_dim beyond the axes": (partial(call, channel_dim=4), errors.ShapeError, "channel_dim=4"),
     "unknown single-value policy": (
@@ -121,7 +149,11 @@ FUNCTION_CASES = {
         errors.NonFiniteError,
         "NaN or inf",
     ),
-    "virtual batch of zero": (partial(call, virtual_batch_size=0), errors.ArgumentError, "virtual_batch_size"),
+    "virtual batch of zero": (
+        partial(call, virtual_batch_size=0),
+        errors.ArgumentError,
+        "virtual_batch_size",
+    ),
     "virtual batch of a fraction": (
         partial(call, virtual_batch_size=2.0),
         errors.ArgumentError,
@@ -137,7 +169,11 @@ FUNCTION_CASES = {
         errors.ArgumentError,
         "running_var_correction must be 1 or 0",
     ),
-    "in place in training": (partial(call, inplace=True), errors.ArgumentError, "inplace=True is for inference"),
+    "in place in training": (
+        partial(call, inplace=True),
+        errors.ArgumentError,
+        "inplace=True is for inference",
+    ),
     "in place under a gradient": (
         partial(call, training=False, inplace=True, weight=torch.ones(3, requires_grad=True)),
         errors.ArgumentError,
@@ -180,7 +216,13 @@ LAYER_CASES = {
     ),
     "eps zero": (batchnorm.BatchNorm2d, {"eps": 0.0}, Z, errors.ArgumentError, "eps must be positive"),
     "whole numbers": (batchnorm.BatchNorm2d, {}, Z.long(), errors.DtypeError, "must be floating"),
-    "input on another device": (batchnorm.BatchNorm2d, {}, Z.to("meta"), errors.DeviceError, "input is on meta"),
+    "input on another device": (
+        batchnorm.BatchNorm2d,
+        {},
+        Z.to("meta"),
+        errors.DeviceError,
+        "input is on meta",
+    ),
 }
 
 

@@ -90,7 +90,13 @@ def test_a_layer_gives_outputs_gradients_and_buffers_of_torchs(z, training, mome
         close(getattr(ours, key), buffer, dtype)
 
 
-@given(inputs(dtypes=(torch.float64,)), st.sampled_from([None, *ACTIVATIONS]), st.booleans(), st.booleans(), st.data())
+@given(
+    inputs(dtypes=(torch.float64,)),
+    st.sampled_from([None, *ACTIVATIONS]),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
+)
 def test_float64_agrees_with_the_reference_to_1e_10(z, activation, training, with_residual, data):
     axis = data.draw(st.sampled_from([1, -1]))
     c = z.shape[axis]

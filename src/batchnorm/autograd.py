@@ -60,7 +60,7 @@ def _record(tracking: Tracking | Sink, count: int | Tensor, mean: Tensor, var: T
 
 class _Training(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         z: Tensor,
         gamma: Tensor | None,
@@ -72,7 +72,7 @@ class _Training(torch.autograd.Function):
         tracking: Tracking | Sink | None,
     ) -> Tensor:
         engine = select(z)
-        if tracking is None or type(tracking) is Tracking:
+        if tracking is None or isinstance(tracking, Tracking):
             y, mean, _, inv_std, saved = engine.forward(
                 z, axis, gamma, beta, eps, residual, activation, tracking
             )
@@ -87,7 +87,7 @@ class _Training(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, gamma, beta, mean, inv_std, saved, residual = ctx.saved_tensors
         need = ctx.needs_input_grad
         if torch.is_grad_enabled():
@@ -127,7 +127,7 @@ class _Training(torch.autograd.Function):
 
 class _Inference(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         z: Tensor,
         gamma: Tensor | None,
@@ -142,7 +142,7 @@ class _Inference(torch.autograd.Function):
         return ctx.engine.normalize(z, axis, mean, inv_std, gamma, beta, None, activation)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, gamma, beta, mean, inv_std = ctx.saved_tensors
         need = (*ctx.needs_input_grad[:3], False)
         if torch.is_grad_enabled():

@@ -14,6 +14,8 @@ from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.operators import check_count, check_finite
 from batchnorm.population import Tracking, commit
 
+__all__ = ["batch_norm"]
+
 
 class Options(NamedTuple):
     """How a batch is normalized; the keyword-only arguments of `batch_norm`, checked."""
@@ -68,8 +70,8 @@ def batch_norm(
     training : bool, default False
         Normalize with the batch's statistics rather than the running ones.
     momentum : float in [0, 1], default 0.1
-        Weight of the NEW batch: ``r = (1 - momentum) * r + momentum * batch``. (Keras and ONNX give the
-        weight of the old value.)
+        Weight of the NEW batch: ``r = (1 - momentum) * r + momentum * batch``. Keras and ONNX give the
+        weight of the old value.
     eps : float, default 1e-5
         Added to the variance [z]**2; positive.
     activation : str, optional

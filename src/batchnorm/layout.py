@@ -23,8 +23,13 @@ from batchnorm.errors import ShapeError
 class Layout(NamedTuple):
     """How a tensor's values lie in memory, seen by channel.
 
-    ``kind`` is ``"NCS"`` (``n`` blocks of ``c`` runs of ``s`` neighbours), ``"RC"`` (``n`` rows of ``c``
-    neighbours, ``s == 1``) or ``"strided"`` (neither: copy first).
+    Parameters
+    ----------
+    kind : {"NCS", "RC", "strided"}
+        ``n`` blocks of ``c`` runs of ``s`` neighbours; ``n`` rows of ``c`` neighbours (``s == 1``); or
+        neither, so that it must be copied first.
+    n, c, s : int
+        Blocks or rows, channels, and neighbours of one channel.
     """
 
     kind: Literal["NCS", "RC", "strided"]

@@ -43,12 +43,13 @@ class DomainStatistics(nn.Module):
         self, num_features: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        whole = {"dtype": torch.long, "device": device}
+        count = torch.zeros((), dtype=torch.long, device=device)
         self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
-        self.register_buffer("num_batches_tracked", torch.zeros((), **whole))
-        self.register_buffer("num_batches_skipped", torch.zeros((), **whole), persistent=False)
-        self.register_buffer("skipped_channels", torch.zeros(num_features, **whole), persistent=False)
+        self.register_buffer("num_batches_tracked", count)
+        self.register_buffer("num_batches_skipped", count.clone(), persistent=False)
+        channels = torch.zeros(num_features, dtype=torch.long, device=device)
+        self.register_buffer("skipped_channels", channels, persistent=False)
 
 
 class Layer(nn.Module):
@@ -93,7 +94,7 @@ class Layer(nn.Module):
         validation.check_switches("zero", running_var_correction)
         if dtype in _HALF:
             dtype = torch.float32
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[call-arg]
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.activation = activation
@@ -296,13 +297,11 @@ class Layer(nn.Module):
 
     def reset_running_stats(self) -> None:
         """Set mean 0, variance 1 and every count 0, in every domain."""
-        super().reset_running_stats()  # type: ignore[misc]
-        for holder in (self, *self._modules.get("domains", nn.ModuleDict()).values()):  # type: ignore[union-attr]
+        holders: list[nn.Module] = [self, *getattr(self._modules.get("domains"), "children", list)()]
+        for holder in holders:
             for name, buffer in holder._buffers.items():
-                if buffer is not None and name != "running_mean":
+                if buffer is not None:
                     buffer.fill_(1 if name == "running_var" else 0)
-                elif buffer is not None:
-                    buffer.zero_()
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._dimensions:
@@ -426,7 +425,7 @@ _DOC = """Batch normalization over {what}, as ``torch.nn.{name}``, with an activ
         Added to the variance [z]**2; positive.
     momentum : float in [0, 1] or None, default 0.1
         Weight of the NEW batch in the running statistics; None is the plain average of all batches.
-        (Keras and ONNX give the weight of the old value.)
+        Keras and ONNX give the weight of the old value.
     affine : bool, default True
         Learn ``weight`` (gamma) and ``bias`` (beta).
     track_running_stats : bool, default True

@@ -59,13 +59,13 @@ def _training_fake(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    vectors = [z.new_empty(z.shape[axis], dtype=vector_dtype(z)) for _ in range(3)]
+    mean, var, inv_std = (z.new_empty(z.shape[axis], dtype=vector_dtype(z)) for _ in range(3))
     saved = (
         torch.empty_like(z, dtype=torch.bool)
         if _bits(residual, activation)
         else z.new_empty(0, dtype=torch.bool)
     )
-    return torch.empty_like(z), *vectors, saved
+    return torch.empty_like(z), mean, var, inv_std, saved
 
 
 def _training_backward(

@@ -19,7 +19,7 @@ class Tracking(NamedTuple):
 
     With ``skip_nonfinite`` a channel whose batch mean or variance is not finite keeps its statistics.
 
-    Attributes
+    Parameters
     ----------
     running_mean, running_var : Tensor, shape (C,)
         Population mean [z] and variance [z]**2.
@@ -96,7 +96,7 @@ def commit(tracking: Tracking, count: int | Tensor, mean: Tensor, var: Tensor) -
 def merge(
     count: Tensor, mean: Tensor, m2: Tensor, count_b: int | Tensor, mean_b: Tensor, m2_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of the union of two sets of values, exactly (Chan, Golub and LeVeque 1983).
+    """Merge the statistics of two sets of values, exactly (Chan, Golub and LeVeque 1983).
 
     Parameters
     ----------

@@ -31,14 +31,26 @@ def backward_training(
     residual: np.ndarray | None = None,
     mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of `forward_training`.
+    """Give the gradients of `forward_training`.
 
     Parameters
     ----------
     dy : ndarray
         Derivative of the loss with respect to the output, of the shape of ``z``.
-    z, gamma, beta, eps, channel_dim, activation, residual, mask
-        What the forward was given.
+    z : ndarray, shape (N, C, *S) or another place for C
+        Pre-activations [z].
+    gamma, beta : ndarray, shape (C,), optional
+        Learned scale and place.
+    eps : float, default 1e-5
+        Added to the variance [z]**2.
+    channel_dim : int, default 1
+        The channel axis.
+    activation : str, optional
+        Nonlinearity that was applied last.
+    residual : ndarray, optional
+        What was added before it.
+    mask : ndarray of bool, optional
+        Which values count.
 
     Returns
     -------
@@ -81,14 +93,28 @@ def backward_inference(
     residual: np.ndarray | None = None,
     mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of `forward_inference`, where the statistics are constants.
+    """Give the gradients of `forward_inference`, where the statistics are constants.
 
     Parameters
     ----------
     dy : ndarray
         Derivative of the loss with respect to the output, of the shape of ``z``.
-    z, population_mu, population_sigma2, gamma, beta, eps, channel_dim, activation, residual, mask
-        What the forward was given.
+    z : ndarray, shape (N, C, *S) or another place for C
+        Pre-activations [z].
+    population_mu, population_sigma2 : ndarray, shape (C,)
+        Statistics that the forward was given.
+    gamma, beta : ndarray, shape (C,), optional
+        Learned scale and place.
+    eps : float, default 1e-5
+        Added to the variance [z]**2.
+    channel_dim : int, default 1
+        The channel axis.
+    activation : str, optional
+        Nonlinearity that was applied last.
+    residual : ndarray, optional
+        What was added before it.
+    mask : ndarray of bool, optional
+        Which values count.
 
     Returns
     -------

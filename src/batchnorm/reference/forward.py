@@ -9,8 +9,8 @@ from batchnorm.layout import channel_axis, vector_shape
 from batchnorm.reference.activations import activate
 
 
-def _per_channel(vector: np.ndarray | None, z: np.ndarray, axis: int) -> np.ndarray | None:
-    return None if vector is None else np.asarray(vector, np.float64).reshape(vector_shape(z.ndim, axis))
+def _per_channel(vector: np.ndarray, z: np.ndarray, axis: int) -> np.ndarray:
+    return np.asarray(vector, np.float64).reshape(vector_shape(z.ndim, axis))
 
 
 def _where(mask: np.ndarray | None, z: np.ndarray, axis: int) -> np.ndarray:
@@ -55,7 +55,7 @@ def batch_statistics(
     if m == 0:
         return 0, np.zeros(len(values)), np.zeros(len(values))
     mu = np.where(keep, values, 0).sum(axis=1) / m
-    sigma2 = np.where(keep, values - mu[:, None], 0).__pow__(2).sum(axis=1) / m
+    sigma2 = np.square(np.where(keep, values - mu[:, None], 0)).sum(axis=1) / m
     return m, mu, sigma2
 
 

@@ -10,7 +10,7 @@ Statistics = tuple[float, np.ndarray, np.ndarray]
 
 
 def merge(parts: Iterable[Statistics]) -> Statistics:
-    """Statistics of the union of several batches, exactly.
+    """Merge the statistics of several batches, exactly.
 
     For two parts (Chan, Golub and LeVeque 1983), with ``delta = mu_b - mu_a`` and ``m = m_a + m_b``::
 
