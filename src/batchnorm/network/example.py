@@ -37,34 +37,6 @@ def call_with(model: nn.Module, example: Any) -> Any:
     return model(example)
 
 
-def call_with_batch(model: nn.Module, batch: Any) -> Any:
-    """Call a network with a batch of a data loader.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The network.
-    batch : Tensor, tuple, list or dict
-        One tensor; a tuple whose first item is the input, the rest being targets, as data sets of
-        ``(input, target)`` pairs give them; or keyword arguments, of which those are handed on that the
-        network's forward takes.
-
-    Returns
-    -------
-    object
-        What the network returns.
-    """
-    if isinstance(batch, (tuple, list)):
-        return call_with_batch(model, batch[0])
-    if isinstance(batch, dict) or hasattr(batch, "keys"):
-        named = dict(batch)
-        parameters = inspect.signature(model.forward).parameters.values()
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            named = {key: value for key, value in named.items() if key in {p.name for p in parameters}}
-        return model(**named)
-    return model(batch)
-
-
 def made_up_example(model: nn.Module) -> Any:
     """Make up an input that the network accepts, when its signature and first layer tell enough.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dis
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -326,7 +326,13 @@ def chain_after(flow: Flow, norm: nn.Module) -> NormChain:
     return chain
 
 
-def find_flow(model: nn.Module, example: Any = None, *, modes_needed: tuple[bool, ...] = (False,)) -> Flow:
+def find_flow(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    modes_needed: tuple[bool, ...] = (False,),
+    run: Callable[[nn.Module], Any] | None = None,
+) -> Flow:
     """Find how values flow through a network.
 
     Parameters
@@ -338,6 +344,8 @@ def find_flow(model: nn.Module, example: Any = None, *, modes_needed: tuple[bool
         arguments. With it, parts that can't be followed symbolically are seen as well.
     modes_needed : tuple of bool
         Training flags for which statements must hold: ``(False,)`` for inference, ``(False, True)`` for both.
+    run : callable, optional
+        ``run(model)`` calls the model on an input of any structure, in place of ``example``.
 
     Returns
     -------
@@ -365,8 +373,9 @@ def find_flow(model: nn.Module, example: Any = None, *, modes_needed: tuple[bool
             unseen.setdefault(path, reason)
         for key, where in read.items():
             reads.setdefault(key, set()).update(where)
-    if example is not None:
-        view, read, result = watch(model, lambda: call_with(model, example))
+    if run is not None or example is not None:
+        call = run if run is not None else (lambda network: call_with(network, example))
+        view, read, result = watch(model, lambda: call(model))
         views.append(view)
         for key, where in read.items():
             reads.setdefault(key, set()).update(where)
