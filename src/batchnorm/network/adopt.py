@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Layer
+from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer
 from batchnorm.network.kinds import activation_name, has_hooks
 
-OURS: dict[type[nn.Module], type[_Layer]] = {
+OURS: dict[type[nn.Module], type[Layer]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
@@ -229,7 +229,7 @@ def why_not_plain(layer: nn.Module) -> str:
         return "its statistics are frozen, which torch cannot express; unfreeze it first"
     for name, plain in PLAIN.items():
         value = getattr(layer, name, plain)
-        if isinstance(layer, _Layer) and value != plain:
+        if isinstance(layer, Layer) and value != plain:
             return f"{name}={value!r} has no counterpart in torch"
     return ""
 
