@@ -1,0 +1,135 @@
+"""What is installed, which engine serves what and why, and with how many threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+from rich.table import Table
+
+from batchnorm.kernels import select
+
+PACKAGES = (
+    "batchnorm",
+    "torch",
+    "numpy",
+    "scikit-learn",
+    "matplotlib",
+    "jinja2",
+    "onnx",
+    "onnxruntime",
+    "jax",
+    "triton",
+)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def version(package: str) -> str:
+    """Give the version of an installed package.
+
+    Parameters
+    ----------
+    package : str
+        Its distribution name.
+
+    Returns
+    -------
+    str
+        ``"not installed"`` where it is not.
+    """
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> list[tuple[str, str]]:
+    """List what runs here with its version.
+
+    Returns
+    -------
+    list of (str, str)
+        Python, then packages that this one uses or is compared with.
+    """
+    return [("python", platform.python_version()), *((name, version(name)) for name in PACKAGES)]
+
+
+def engines() -> list[tuple[str, str]]:
+    """Say for each device and dtype which engine would serve it, and why.
+
+    Returns
+    -------
+    list of (str, str)
+        Tensor, and engine with reason. Accelerators are only named where torch has one.
+    """
+    found: list[tuple[str, str]] = []
+    for device in select.devices():
+        by_reason: dict[str, list[str]] = {}
+        for dtype in DTYPES:
+            try:
+                z = torch.empty((2, 2), dtype=dtype, device=device)
+            except (RuntimeError, TypeError):  # a dtype that this device does not have
+                continue
+            by_reason.setdefault(select.reason(z), []).append(str(dtype).removeprefix("torch."))
+        found += [(f"{device.type}, {', '.join(names)}", why) for why, names in by_reason.items()]
+    if len(select.devices()) == 1:
+        found.append(("accelerator", "none here, or this torch was built without one"))
+    return found
+
+
+def core() -> list[tuple[str, str]]:
+    """Describe the C++ core: instruction set, and the pool of output buffers.
+
+    Returns
+    -------
+    list of (str, str)
+        Empty where it was not built.
+    """
+    from batchnorm.kernels import cpu
+
+    described: list[tuple[str, str]] = []
+    if cpu.engine is None:
+        return described
+    about = getattr(cpu, "describe", None)
+    if about is not None:
+        described += [(str(key), str(value)) for key, value in about().items()]
+    return described
+
+
+def threads() -> list[tuple[str, str]]:
+    """Count processors and threads.
+
+    Returns
+    -------
+    list of (str, str)
+        What torch computes with, and what this process may run on.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    usable = len(affinity(0)) if affinity else os.cpu_count()
+    return [
+        ("torch.get_num_threads()", str(torch.get_num_threads())),
+        ("processors of this process", str(usable)),
+        ("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "not set")),
+    ]
+
+
+def table() -> Table:
+    """Draw all of it as one table.
+
+    Returns
+    -------
+    rich.table.Table
+        To be printed.
+    """
+    drawn = Table("", "", title="batchnorm", show_header=False)
+    sections = {"versions": versions(), "engine": engines(), "C++ core": core(), "threads": threads()}
+    for title, lines in sections.items():
+        if not lines:
+            continue
+        drawn.add_section()
+        drawn.add_row(f"[bold]{title}[/bold]", "")
+        for name, value in lines:
+            drawn.add_row(f"  {name}", value)
+    return drawn
