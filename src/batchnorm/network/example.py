@@ -74,7 +74,9 @@ def _guesses(model: nn.Module) -> Iterator[Any]:
         yield from _guesses_from_config(config, name, draw)
     given = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None)
     if isinstance(given, dict) and isinstance(given.get("input_size"), tuple):
-        yield draw(2, *given["input_size"])
+        channels, *sides = given["input_size"]
+        yield draw(2, channels, *[min(_SIDES[0], side) for side in sides])
+        yield draw(2, channels, *sides)
     with suppress(TypeError, ValueError):
         needed = [
             p
@@ -116,7 +118,7 @@ def _guesses_from_config(config: Any, name: str, draw: Any) -> Iterator[dict[str
     if name == "pixel_values":
         own = getattr(config, "image_size", None)
         sides = [own] if isinstance(own, int) else list(own) if isinstance(own, (tuple, list)) else []
-        for side in [*sides[:1], *_SIDES]:
+        for side in dict.fromkeys([_SIDES[0], *sides[:1], *_SIDES]):
             yield {name: draw(2, channels, side, side)}
     elif name in ("input_values", "input_features"):
         bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_dim", None) or 80

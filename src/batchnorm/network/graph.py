@@ -245,11 +245,10 @@ class Flow:
                 n for name in names for n in name[len(scope) :].split(".") if name.startswith(scope) and n
             ]
             for above in _ancestors(scope):
-                touched = (
-                    _touched_by(type(modules[above]))
-                    if above in self.unseen and above in modules
-                    else frozenset()
-                )
+                if above not in self.unseen or above not in modules:
+                    continue
+                kind: Any = type(modules[above])
+                touched = _touched_by(kind)
                 methods = _own_methods(type(modules[scope]))
                 for name in [*inside, *sorted(methods)]:
                     if name in touched and not name.isdigit():

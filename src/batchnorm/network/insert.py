@@ -19,42 +19,13 @@ from batchnorm.network.example import call_with, made_up_example
 from batchnorm.network.graph import Flow, find_flow
 from batchnorm.network.hidden import Verdict, ends_residual_branch, judge
 from batchnorm.network.kinds import is_layer
+from batchnorm.network.normalized import Normalized
 from batchnorm.network.record import Record, write_record
+from batchnorm.network.verify import difference, precision_of
 from batchnorm.network.watching import modes, tensors_in
 
 _TOOL = "insert"
 _BY_AXES = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
-
-
-class Normalized(nn.Sequential):
-    """A layer and the batch norm behind it, in the place that the layer had.
-
-    Parameters
-    ----------
-    layer : torch.nn.Module
-        Linear, convolution or transposed convolution.
-    norm : torch.nn.Module
-        The batch norm of its output.
-
-    Notes
-    -----
-    Attributes that it lacks are looked up on the layer, so that code which asks for ``net.fc.in_features``
-    or ``net.conv.weight`` goes on working.
-    """
-
-    def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.norm = norm
-        self.training = layer.training
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("layer", "norm") or name.startswith("__"):
-                raise
-            return getattr(super().__getattr__("layer"), name)
 
 
 def insert(
@@ -412,18 +383,10 @@ def _verify(model: nn.Module, result: nn.Module, run: Callable[[nn.Module], Any]
         ) from error
     finally:
         torch.set_rng_state(state)
-    for old, new in zip(before, after, strict=True):
-        if old.shape != new.shape:
-            raise VerificationError(
-                f"insert: an output has shape {tuple(new.shape)}, and had {tuple(old.shape)}."
-            )
-        if same and old.is_floating_point():
-            allowed = 2e3 * torch.finfo(old.dtype).eps
-            off = (new - old).abs().max() if old.numel() else old.new_zeros(())
-            scale = old.abs().max().clamp_min(1e-3) if old.numel() else old.new_ones(())
-            if not off <= allowed * scale:
-                raise VerificationError(
-                    f"insert: outputs differ by {float(off):.3g} where they reach {float(scale):.3g}.",
-                    why="data= promises the same answers.",
-                    mend="report the network; insert without data= and train it meanwhile.",
-                )
+    off = difference(before, after) if same else 0.0
+    if [t.shape for t in before] != [t.shape for t in after] or not off <= 2e3 * precision_of(before):
+        raise VerificationError(
+            f"insert: the normalized network does not answer as the given one: relative difference {off:.3g}.",
+            why="data= promises the same answers, and a norm never changes a shape.",
+            mend="report the network; insert without data= and train it meanwhile.",
+        )

@@ -219,7 +219,7 @@ class _Tracer(fx.Tracer):
         while self._last() is not mark:
             node = self._last()
             if node.op == "get_attr":
-                self.cache.pop(node.target, None)
+                self.cache.pop(str(node.target), None)
             self.graph.erase_node(node)
 
 

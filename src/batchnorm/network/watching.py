@@ -19,7 +19,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.network.flow import Value, View, append_call, canonical
-from batchnorm.network.kinds import is_layer, is_norm
+from batchnorm.network.kinds import has_hooks, is_layer, is_norm
 
 
 def _is_step(module: nn.Module) -> bool:
@@ -125,6 +125,9 @@ class _Watch(TorchDispatchMode):
         if id(module) not in self.paths:
             return
         self.stack.pop()
+        if self.step is None and has_hooks(module):
+            for tensor in tensors_in((args, kwargs, result)):
+                self.value(tensor).escape = f"seen by a hook of {self.paths[id(module)] or 'the model'}"
         if self.step is not module or module in self.stack:
             return
         self.step = None
