@@ -161,7 +161,12 @@ def _fuse_all(model: nn.Module, undo: list[Callable[[], object]], told: Record) 
                 detail = "with its own activation"
             above = [refused[p] for p in _above(path) if p in refused][:1]
             told.add(
-                path, type(layer).__name__, "accelerated", detail, "" if detail else "; ".join(above), tool=_TOOL
+                path,
+                type(layer).__name__,
+                "accelerated",
+                detail,
+                "" if detail else "; ".join(above),
+                tool=_TOOL,
             )
 
 

@@ -62,7 +62,7 @@ class accumulate:
                     at=path,
                 )
         for layer in self._layers.values():
-            layer.accumulator = Accumulator()
+            layer.accumulator = Accumulator(layer.populations())
         return self
 
     def __exit__(

@@ -124,7 +124,9 @@ def ours_for(cls: type[nn.Module], then_children: bool = False) -> type[nn.Modul
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     if _is_parametrized(cls):
         # torch undoes a parametrization by going to the first base
-        return type(cls.__name__, (ours_for(cls.__bases__[0]),), {**_own_namespace(cls), "_adopted_from": cls})
+        return type(
+            cls.__name__, (ours_for(cls.__bases__[0]),), {**_own_namespace(cls), "_adopted_from": cls}
+        )
     first = _NormThenChildren if then_children else Adopted
     return type(cls.__name__, (first, cls, OURS[base]), {**namespace, "_adopted_from": cls})
 
@@ -155,7 +157,9 @@ def become_ours(layer: _BatchNorm) -> str:
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "lazy: its class changes at the first batch, when it can be accelerated"
     if base is None:
-        return "pools over ranks" if isinstance(layer, nn.SyncBatchNorm) else "no BatchNorm1d, 2d or 3d of torch"
+        return (
+            "pools over ranks" if isinstance(layer, nn.SyncBatchNorm) else "no BatchNorm1d, 2d or 3d of torch"
+        )
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
     fresh = OURS[base].adopt(layer)
@@ -247,14 +251,18 @@ def _understand(layer: _BatchNorm, cls: type[nn.Module]) -> tuple[str, bool]:
     for then_children in (False, True) if layer._modules else (False,):
         made = ours_for(cls, then_children)
         trials = [
-            _same_on_trial(layer, made, shape, training) for training in (True, False) for shape in _TRIAL_SHAPES
+            _same_on_trial(layer, made, shape, training)
+            for training in (True, False)
+            for shape in _TRIAL_SHAPES
         ]
         if False not in trials and True in trials:
             return "", then_children
     return f"{cls.__name__} has a forward of its own that is not understood", False
 
 
-def _same_on_trial(layer: _BatchNorm, made: type[nn.Module], shape: tuple[int, ...], training: bool) -> bool | None:
+def _same_on_trial(
+    layer: _BatchNorm, made: type[nn.Module], shape: tuple[int, ...], training: bool
+) -> bool | None:
     """Whether ours gives the same output, gradient and statistics; None where theirs refuses the shape."""
     theirs, ours = _bare_copy(layer), _bare_copy(layer)
     counter = _Counter()
@@ -279,7 +287,8 @@ def _same_on_trial(layer: _BatchNorm, made: type[nn.Module], shape: tuple[int, .
     if not counter.calls:
         return False
     return all(
-        (a is None) == (b is None) and (a is None or torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5))
+        (a is None) == (b is None)
+        and (a is None or torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5))
         for a, b in zip(*results, strict=True)
     )
 

@@ -24,7 +24,19 @@ from torch import Tensor, fx, nn
 
 # a forward that asks these answers otherwise the next time
 _CHANGING = frozenset("is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_inference".split())
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.memory_format)
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    Enum,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+)
 _FIXED = (FunctionType, BuiltinFunctionType, type)
 
 
@@ -76,7 +88,19 @@ def _in_place(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # a plain proxy would turn `x += y` into `x = x + y`, and whoever else holds x would not see it
-for _symbol in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
+for _symbol in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "imatmul",
+):
     setattr(_Proxy, f"__{_symbol}__", _in_place(getattr(operator, _symbol)))
 
 
@@ -132,9 +156,9 @@ class _Tracer(fx.Tracer):
     def asked(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self.tensors.add(node.meta["argument"])
-        elif node.op != "call_module" or not type(self.root.get_submodule(str(node.target))).__module__.startswith(
-            "torch.nn.modules"
-        ):
+        elif node.op != "call_module" or not type(
+            self.root.get_submodule(str(node.target))
+        ).__module__.startswith("torch.nn.modules"):
             raise Refused("its forward asks for the type of a value")
 
     def create_args_for_root(
@@ -178,7 +202,10 @@ class _Tracer(fx.Tracer):
         if kind is slice:
             return slice(self.create_arg(a.start), self.create_arg(a.stop), self.create_arg(a.step))
         if isinstance(a, Tensor):
-            for owner, tensors in (("parameter", self.root.named_parameters()), ("buffer", self.root.named_buffers())):
+            for owner, tensors in (
+                ("parameter", self.root.named_parameters()),
+                ("buffer", self.root.named_buffers()),
+            ):
                 for name, tensor in tensors:
                     if tensor is a:
                         return self.create_node("get_attr", name, (), {})

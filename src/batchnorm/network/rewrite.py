@@ -14,7 +14,9 @@ from batchnorm.network.flow import canonical
 from batchnorm.network.fused import ALWAYS, Plan, finish, fused, importable, is_plain, until
 from batchnorm.network.kinds import LAYERS, activation_name, has_hooks
 
-_FRESH_FUNCTIONS = frozenset("conv1d conv2d conv3d linear conv_transpose1d conv_transpose2d conv_transpose3d matmul".split())
+_FRESH_FUNCTIONS = frozenset(
+    "conv1d conv2d conv3d linear conv_transpose1d conv_transpose2d conv_transpose3d matmul".split()
+)
 _ACTIVATION_ARGUMENTS = {
     "leaky_relu": ("negative_slope", "inplace"),
     "hardtanh": ("min_val", "max_val", "inplace"),
@@ -66,7 +68,9 @@ class Site:
     activation: str | None = None
 
     def __str__(self) -> str:
-        return " -> ".join(["norm", *(["add"] if self.total is not None else []), *filter(None, [self.activation])])
+        return " -> ".join(
+            ["norm", *(["add"] if self.total is not None else []), *filter(None, [self.activation])]
+        )
 
 
 @dataclass
@@ -207,7 +211,9 @@ def _sites(module: nn.Module, graph: fx.Graph, tails: dict[int, Tail]) -> Iterat
 
 def _past_identity(module: nn.Module, value: fx.Node, site: Site) -> tuple[fx.Node | None, fx.Node]:
     user = _only_user(value)
-    while user is not None and type(_child(module, user)) is nn.Identity and not has_hooks(_child(module, user)):  # type: ignore[arg-type]
+    while (
+        user is not None and type(_child(module, user)) is nn.Identity and not has_hooks(_child(module, user))
+    ):  # type: ignore[arg-type]
         site.passed.append(user)
         value, user = user, _only_user(user)
     return user, value
@@ -253,7 +259,9 @@ def _is_calm(module: nn.Module, node: fx.Node) -> bool:
     """Whether a step surely changes no tensor in place."""
     child = _child(module, node)
     if child is not None:
-        return (isinstance(child, LAYERS) or is_plain(child) or type(child) is nn.Identity) and not has_hooks(child)
+        return (isinstance(child, LAYERS) or is_plain(child) or type(child) is nn.Identity) and not has_hooks(
+            child
+        )
     name, inplace = _function(node)
     return name in {*_FRESH_FUNCTIONS, "add", "mul", "cat", "getattr", "size", "relu"} and not inplace
 
@@ -280,7 +288,9 @@ def _activation(module: nn.Module, node: fx.Node, value: fx.Node) -> str | None:
         return None
     child = _child(module, node)
     if child is not None:
-        return None if has_hooks(child) or len(node.args) > 1 or node.kwargs else activation_name(child, "", {})
+        return (
+            None if has_hooks(child) or len(node.args) > 1 or node.kwargs else activation_name(child, "", {})
+        )
     if node.op not in ("call_function", "call_method"):
         return None
     home = getattr(node.target, "__module__", None) or "torch"
@@ -313,7 +323,11 @@ def _copied(site: Site, nodes: dict[fx.Node, fx.Node]) -> Site:
         return None if node is None else nodes[node]
 
     return replace(
-        site, node=nodes[site.node], passed=[nodes[n] for n in site.passed], total=to(site.total), act=to(site.act)
+        site,
+        node=nodes[site.node],
+        passed=[nodes[n] for n in site.passed],
+        total=to(site.total),
+        act=to(site.act),
     )
 
 
@@ -321,7 +335,9 @@ def _write(module: nn.Module, graph: fx.Graph, sites: list[Site]) -> None:
     """Put one call in the place of each site's."""
     for site in sites:
         order = {node: i for i, node in enumerate(graph.nodes)}
-        chain = sorted((n for n in [site.node, *site.passed, site.total, site.act] if n is not None), key=order.get)  # type: ignore[arg-type]
+        chain = sorted(
+            (n for n in [site.node, *site.passed, site.total, site.act] if n is not None), key=order.get
+        )  # type: ignore[arg-type]
         residual = None
         if site.total is not None:
             residual = next(a for a in site.total.args if a not in chain)
