@@ -112,6 +112,38 @@ def bench(
         session.summarize(out, budgets, Console())
 
 
+@app.command()
+def study(
+    names: Annotated[list[str], typer.Argument(help="Names of studies, or all.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds; to see that it works.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Long.")] = False,
+    data: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(help="mnist DIR or cifar10 DIR; the digits of scikit-learn where it is not given."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained report there.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown there.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of records and figures.")] = Path("batchnorm-study"),
+) -> None:
+    """Measure what is claimed of batch normalization, one question at a time."""
+    name, folder = data or ("digits", None)
+    load("batchnorm.studies", "study").run_studies(
+        names,
+        quick=quick,
+        full=full,
+        data=name,
+        data_dir=folder,
+        html=html,
+        out=out,
+        markdown=markdown,
+    )
+
+
+def add_network_commands() -> None:
+    """Add the commands that read a network and write a network."""
+    load("batchnorm.network_cli").register(app)
+
+
 def main() -> None:
     """Run the command line; an error of ours is printed without a traceback."""
     try:

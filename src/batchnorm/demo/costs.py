@@ -50,7 +50,7 @@ def operations_of(layer: nn.Module, output: Tensor) -> int:
     values = output.numel()
     if isinstance(layer, _BatchNorm):
         return 2 * values
-    inputs = layer.weight[0].numel()  # type: ignore[index, union-attr, operator]
+    inputs = next(layer.parameters())[0].numel()
     return values * (2 * inputs - 1 + (layer.bias is not None))
 
 

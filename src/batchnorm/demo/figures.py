@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ from batchnorm.demo.one_sample import OneSample
 
 PLAIN = {"color": "0.45", "linestyle": "--"}
 NORMALIZED = {"color": "black", "linestyle": "-"}
-STYLE = {
+STYLE: Any = {  # matplotlib's own type for it names every key there is
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -92,15 +93,16 @@ def pre_activations(spreads: Mapping[str, Mapping[str, tuple[float, float]]]) ->
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 2.8), layout="constrained")
         axes = figure.subplots(1, 2)
-        for which, (axis, title) in enumerate(zip(axes, ("|mean|", "standard deviation"), strict=True)):
+        titles = ("|mean| of z in a channel", "std of z in a channel")
+        for which, (axis, title) in enumerate(zip(axes, titles, strict=True)):
             for offset, (name, layers) in zip((-0.2, 0.2), spreads.items(), strict=True):
                 heights = [values[which] for values in layers.values()]
                 places = [i + offset for i in range(len(layers))]
                 fill = "white" if name == "plain" else "0.25"
                 axis.bar(places, heights, 0.38, label=name, color=fill, edgecolor="black")
             axis.set_xticks(range(len(layers)), list(layers))
-            axis.set(ylabel=f"{title} of z, average over channels", xlabel="layer")
-        axes[1].legend(frameon=False)
+            axis.set(ylabel=title, xlabel="layer")
+        axes[0].legend(frameon=False)
     return figure
 
 
@@ -209,7 +211,7 @@ def folding(before: Costs, after: Costs, logits: Tensor, folded: Tensor) -> Figu
             )
             left.bar_label(bars, [f"+{v:,}" if v else "0" for v in values])
         left.set_xticks(range(2), names)
-        left.set(ylabel="more than the folded network has")
+        left.set(ylabel="more than folded")
         left.margins(y=0.15)
         left.legend(frameon=False)
         right.plot(logits.flatten().numpy(), folded.flatten().numpy(), ".", color="black", markersize=2)

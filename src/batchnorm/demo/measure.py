@@ -6,6 +6,8 @@ import copy
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 import torch
 from rich.console import Console
@@ -22,8 +24,11 @@ LEARNING_RATE = 0.05
 FACTORS = (1, 5, 30)
 STEPS = 500
 
-Advance = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much."""
+
+class Advance(Protocol):
+    """Called with what is being done, how much of it is done, and of how much."""
+
+    def __call__(self, label: str, done: int, of: int) -> None: ...
 
 
 @dataclass
@@ -143,7 +148,7 @@ def norm_paths(model: nn.Module, layers: list[str]) -> dict[str, str]:
     """
     channels = {name: model.get_submodule(name).weight.shape[0] for name in layers}
     norms = [
-        (path, module.num_features)
+        (path, int(module.num_features))
         for path, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
     ]
@@ -192,15 +197,8 @@ def measure(data: ImageData, *, seed: int = 0, steps: int = STEPS, advance: Adva
         for name, start in (("plain", plain), ("normalized", normalized)):
             model = copy.deepcopy(start)
             curve = Curve(name, factor, LEARNING_RATE * factor)
-            label = f"{name}, learning rate {curve.learning_rate:g}"
-            learn(
-                model,
-                data,
-                curve,
-                steps=steps,
-                seed=seed,
-                advance=lambda step, label=label: advance(label, step, steps),
-            )
+            report = partial(advance, f"{name}, learning rate {curve.learning_rate:g}", of=steps)
+            learn(model, data, curve, steps=steps, seed=seed, advance=report)
             curves.append(curve)
             trained[name, factor] = model
 
