@@ -267,24 +267,23 @@ def plot(records: list[Record]) -> Figure:
             label=dtype,
             **look,
         )
-        right.axhline(floor, color=look["color"], linestyle=":", linewidth=1)
-        right.annotate(
-            f"{dtype} rounding",
-            (steps[-1], floor),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
+        right.axhline(
+            floor,
+            color=look["color"],
+            linestyle=":",
+            linewidth=1.2,
+            label=f"{dtype}, one unit in the last place",
         )
     left.set(title="losses (seed 0)", xlabel="training steps", ylabel="training loss (nats)", yscale="log")
     right.set(
-        title="difference with and without b (seed 0)",
+        title="with against without b (seed 0; no difference is drawn at the bottom)",
         xlabel="training steps",
         ylabel="relative difference of the losses",
         yscale="log",
     )
     left.legend(loc="upper right")
-    right.legend(loc="center right")
+    right.legend(loc="center right", fontsize=8)
+    right.title.set_fontsize(9)
     return fig
 
 

@@ -229,7 +229,7 @@ def plot(records: list[Record]) -> Figure:
         axes[0][column].set(title=activation, xscale="log", xlabel="hidden layers (log scale)", ylim=(0, 101))
         axes[0][column].set_xticks(depths, [str(depth) for depth in depths])
         axes[0][column].minorticks_off()
-        axes[1][column].set(yscale="log", xlabel=f"layer, 1 = nearest the input ({shown} hidden layers)")
+        axes[1][column].set(yscale="log", xlabel=f"layer of {shown + 1} (1: nearest the input)")
     axes[0][0].set_ylabel("final test accuracy (%)")
     axes[1][0].set_ylabel("gradient norm of the weights\nat the start (median of seeds)")
     legend_below(fig, axes[0][0])

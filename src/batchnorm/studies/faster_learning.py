@@ -203,7 +203,7 @@ def answer(records: list[Record]) -> Answer:
 
 def plot(records: list[Record]) -> Figure:
     """Draw test accuracy over steps for every arm of both networks."""
-    fig, axes = figure(1, 2, height=4.2)
+    fig, axes = figure(1, 2, height=4.5)
     for panel, model in zip(axes[0], NAMES, strict=True):
         style = 0
         for normalized in (False, True):
@@ -226,7 +226,7 @@ def plot(records: list[Record]) -> Figure:
             ylabel="test accuracy (%)",
             ylim=(0, 101),
         )
-    legend_below(fig, axes[0][0], columns=6)
+    legend_below(fig, axes[0][0], columns=3)
     return fig
 
 

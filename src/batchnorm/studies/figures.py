@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e0e0e0",
     "legend.frameon": False,
     "lines.markersize": 4.5,
@@ -149,7 +150,7 @@ def bars(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[Sequence[
 
 
 def legend_below(fig: Figure, axes: Axes, columns: int = 3, **more: Any) -> None:
-    """Put the legend of some axes below the whole figure, where it covers no data.
+    """Put the legend of some axes below the whole figure, where it covers no data, in rows.
 
     Parameters
     ----------
@@ -163,6 +164,9 @@ def legend_below(fig: Figure, axes: Axes, columns: int = 3, **more: Any) -> None
         Arguments of ``Figure.legend``.
     """
     handles, labels = axes.get_legend_handles_labels()
+    # matplotlib fills columns; a reader goes along rows
+    order = [k for column in range(columns) for k in range(column, len(labels), columns)]
+    handles, labels = [handles[k] for k in order], [labels[k] for k in order]
     fig.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.6, **more
     )

@@ -234,7 +234,7 @@ def plot(records: list[Record]) -> Figure:
                 if _mean(records, kind, arm, rate, scale) >= best[kind] - MARGIN
             ]
             panel.plot(*zip(*dots, strict=True) if dots else ([], []), "ko", markersize=3)
-            panel.set_title(f"{name}: {label}, {len(dots)} of {len(rates) * len(scales)} work", fontsize=9)
+            panel.set_title(f"{name}\n{label}: {len(dots)} of {len(rates) * len(scales)} work", fontsize=9)
             panel.grid(False)
             panel.set_yticks(scales, [f"$10^{{{scale:g}}}$" for scale in scales])
             whole = [rate for rate in rates if rate == int(rate)]
@@ -242,9 +242,9 @@ def plot(records: list[Record]) -> Figure:
     for panel in axes[-1]:
         panel.set_xlabel("learning rate")
     for panel in axes[:, 0]:
-        panel.set_ylabel("initial weights, times He's")
-    bar = fig.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("final test accuracy (%), mean over seeds; dot: within 2 points of the best")
+        panel.set_ylabel("initial weights / He's")
+    bar = fig.colorbar(image, ax=axes, shrink=0.9)
+    bar.set_label("final test accuracy (%), mean over seeds\ndot: within 2 points of the best")
     return fig
 
 

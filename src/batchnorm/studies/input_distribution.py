@@ -21,7 +21,7 @@ from batchnorm.studies.contract import (
     make_answer,
 )
 from batchnorm.studies.ensemble import MLPEnsemble
-from batchnorm.studies.figures import LINE_STYLES, figure, legend_below, line
+from batchnorm.studies.figures import figure, legend_below, line
 from batchnorm.studies.intervals import ratio_interval, verdict
 from batchnorm.studies.records import select, values
 from batchnorm.studies.training import EnsembleOptimizer, train
@@ -148,7 +148,7 @@ def plot(records: list[Record]) -> Figure:
         panel.axhline(0, color="#a0a0a0", linewidth=0.8, zorder=0)
         panel.set(title=f"{name}: one unit of the last hidden layer", xlabel="training steps")
     axes[0][0].set_ylabel("input of the sigmoid (dimensionless)")
-    legend_below(fig, axes[0][0], columns=len(LINE_STYLES))
+    legend_below(fig, axes[0][0])
     return fig
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def run_studies(
     return outcomes
 
 
-def outcome_of_folder(study: Study, folder: Path, level: str = "default") -> Outcome:
+def outcome_of_folder(study: Study, folder: Path) -> Outcome:
     """Return the outcome of a study from its records alone, with its figure drawn again.
 
     Parameters
@@ -159,37 +160,43 @@ def outcome_of_folder(study: Study, folder: Path, level: str = "default") -> Out
     study : Study
         Which.
     folder : path
-        Holds ``NAME.jsonl``, all of one configuration.
-    level : str, default "default"
-        Which it was.
+        Holds ``NAME.jsonl``.
 
     Returns
     -------
     Outcome
-        As `run_studies` would give.
+        As `run_studies` gave it, of the longest level whose runs are all there.
 
     Raises
     ------
     DataError
-        There are no records.
+        No level is complete.
     """
     path = folder / f"{study.name}.jsonl"
-    records = RecordFile(path).all()
-    if not records:
-        raise DataError(
-            f"{path} holds no records.",
-            why="figures and answers are made of them.",
-            mend=f"batchnorm study {study.name} --out {folder}",
-        )
-    svg, png = figures.save(study.plot(records), folder / study.name)
-    return Outcome(study, level, records, study.answer(records), path, svg, png)
+    stored = RecordFile(path)
+    sources = {json.dumps(record["data"]): record["data"] for record in stored.all()}
+    for level in ("full", "default", "quick"):
+        settings = [setting for unit in study.units(study.config(level)) for setting in unit.settings]
+        for about in sources.values():
+            keys = [study.key(setting, about) for setting in settings]
+            if all(key in stored for key in keys):
+                return _outcome(study, level, [stored[key] for key in keys], folder)
+    raise DataError(
+        f"{path} holds no complete set of records ({len(stored)} runs).",
+        why="figures and answers are made of all runs of a level.",
+        mend=f"batchnorm study {study.name} --out {folder}",
+    )
 
 
 def _run(study: Study, level: str, data: ImageData, folder: Path, report: Any) -> Outcome:
     path = folder / f"{study.name}.jsonl"
     records = study.run(study.config(level), data=data, path=path, progress=report)
+    return _outcome(study, level, records, folder)
+
+
+def _outcome(study: Study, level: str, records: list[Record], folder: Path) -> Outcome:
     svg, png = figures.save(study.plot(records), folder / study.name)
-    return Outcome(study, level, records, study.answer(records), path, svg, png)
+    return Outcome(study, level, records, study.answer(records), folder / f"{study.name}.jsonl", svg, png)
 
 
 def _say(console: Console, outcome: Outcome) -> None:

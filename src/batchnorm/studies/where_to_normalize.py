@@ -219,10 +219,12 @@ def plot(records: list[Record]) -> Figure:
         ]
         for activation in ACTIVATIONS
     }
-    bars(panel, [arm.replace(" ", "\n", 1) for arm in ARMS], measured)
+    bars(panel, [arm.replace(" ", "\n") for arm in ARMS], measured)
     means = [mean_interval(seeds) for groups in measured.values() for seeds in groups]
     lowest = min(interval.estimate for interval in means)
-    panel.set(title="final accuracy", ylabel="test accuracy (%)", ylim=(max(0.0, lowest - 3), 100))
+    bottom = max(0.0, 5 * (lowest // 5) - 5)
+    panel.set(title="final accuracy", ylabel="test accuracy (%)", ylim=(bottom, 100 + 0.2 * (100 - bottom)))
+    panel.set_yticks([tick for tick in panel.get_yticks() if bottom <= tick <= 100])
     panel.legend(loc="upper left", ncols=2)
     legend_below(fig, axes[0][0], columns=5)
     return fig
