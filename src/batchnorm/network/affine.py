@@ -261,7 +261,8 @@ def fold_into_before(layer: Any, affine: Affine) -> None:
     Unproven
         The new weights do not fit the layer's dtype; nothing was changed.
     """
-    rows = _rows(layer, wide(layer.weight))
+    # a product with a float64 factor is float64: no wide copy of the weight is needed
+    rows = _rows(layer, layer.weight if layer.weight.device.type != "mps" else layer.weight.cpu())
     scale = affine.scale.to(rows.device)
     shift = affine.shift.to(rows.device)
     bias = shift if layer.bias is None else wide(layer.bias) * scale + shift

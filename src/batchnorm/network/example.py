@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.network.watching import modes
-
 _SIDES = (64, 224, 32, 299, 128, 28, 384)
 
 
@@ -37,31 +35,19 @@ def call_with(model: nn.Module, example: Any) -> Any:
     return model(example)
 
 
-def made_up_example(model: nn.Module) -> Any:
-    """Make up an input that the network accepts, when its signature and first layer tell enough.
+def guesses(model: nn.Module) -> Iterator[Any]:
+    """Inputs that a network may accept, as far as its signature, configuration and first layer tell.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Run in eval mode without gradients to try each guess; put back into its modes.
+        Looked at, not run.
 
-    Returns
-    -------
-    Tensor, dict, or None
-        None when nothing fits.
+    Yields
+    ------
+    Tensor or dict
+        As :func:`call_with` takes them, the most likely first; the global random state is not touched.
     """
-    state = torch.get_rng_state()
-    try:
-        for guess in _guesses(model):
-            with suppress(Exception), modes(model, False), torch.no_grad():
-                call_with(model, guess)
-                return guess
-    finally:
-        torch.set_rng_state(state)
-    return None
-
-
-def _guesses(model: nn.Module) -> Iterator[Any]:
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     like = first if first is not None else torch.empty(0)
     generator = torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ from batchnorm.network.affine import (
     own_forward,
 )
 from batchnorm.network.axes import Axis, follow_axis
-from batchnorm.network.example import call_with, made_up_example
+from batchnorm.network.example import call_with
 from batchnorm.network.flow import Call
 from batchnorm.network.graph import Flow, Unproven, batch_norms, find_flow
 from batchnorm.network.kinds import LAYERS, has_hooks, is_layer
@@ -140,25 +140,21 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
         raise ArgumentError(
             "fold: a scripted module can't be changed.", mend="fold the module it was made from, then script."
         )
-    made_up = made_up_example(model) if example is None else None
-    flow = _look(model, example if example is not None else made_up, given=example is not None)
+    flow = _look(model, example)
     result = copy.deepcopy(model).eval()
     work = _Folding(model, result, flow, certain=example is not None, alone=flow.result is None)
     work.fold_all()
     if work.steps and flow.result is not None:
-        given = example if example is not None else made_up
-        _verify(model, result, work.steps, lambda network: call_with(network, given))
+        _verify(flow, result, len(work.steps))
     return write_record(result, work.record())
 
 
-def _look(model: nn.Module, example: Any, *, given: bool) -> Flow:
+def _look(model: nn.Module, example: Any) -> Flow:
     try:
-        return find_flow(model, example)
+        return find_flow(model, example, make_up=True)
     except BatchNormError:
         raise
     except Exception as error:
-        if not given:
-            return find_flow(model)
         raise TraceError(
             f"fold: the network fails on the example: {type(error).__name__}: {error}",
             mend="give an input that the network takes in eval mode.",
@@ -499,28 +495,33 @@ def _modules_in(value: Any) -> list[nn.Module]:
     return []
 
 
-def _verify(
-    model: nn.Module, result: nn.Module, steps: list[tuple[str, str, str]], run: Callable[[nn.Module], Any]
-) -> None:
-    """Compare answers, in the network's own precision and, where rounding leaves a doubt, in float64."""
+def _verify(flow: Flow, result: nn.Module, folded: int) -> None:
+    """Compare the answers of the copy with those that the given network gave when it was looked at."""
     state = torch.get_rng_state()
 
     def answers(network: nn.Module) -> list[Tensor]:
+        # the state in which the network was run to be looked at, so that random parts draw the same
         torch.set_rng_state(state)
         with torch.no_grad(), modes(network, False):
-            return list(tensors_in(run(network)))
+            return list(tensors_in(call_with(network, flow.example)))
 
+    before = list(tensors_in(flow.result))
+    allowed = 64 * precision_of(before) * (1 + folded)
     try:
-        before = answers(model)
         off = difference(before, answers(result))
-        allowed = 64 * precision_of(before) * (1 + len(steps))
-        if off <= allowed or difference(before, answers(model)) > allowed:
+        if off <= allowed or difference(before, answers(flow.model)) > allowed:
             return
+    except Exception as error:
+        raise VerificationError(
+            f"fold: the folded network fails where the given one does not: {type(error).__name__}: {error}",
+            why="some of its code looks at a norm that is now Identity.",
+            mend="keep the network as it is, and report it.",
+        ) from error
     finally:
         torch.set_rng_state(state)
     raise VerificationError(
         f"fold: the folded network does not give the same answers: relative difference {off:.3g}, "
         f"allowed {allowed:.3g}.",
-        why=f"{len(steps)} norms were folded, and at least one of them should not have been.",
+        why=f"{folded} norms were folded, and at least one of them should not have been.",
         mend="keep the network as it is, and report it.",
     )

@@ -13,12 +13,13 @@ import inspect
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from batchnorm.network.example import call_with
+from batchnorm.network.example import call_with, guesses
 from batchnorm.network.flow import Call, Value, View
 from batchnorm.network.kinds import is_batch_norm
 from batchnorm.network.tracing import follow
@@ -47,7 +48,9 @@ class Flow:
     modes : tuple of bool
         The training flags that a statement must hold for.
     result : object
-        What the model returned for the example; None without one.
+        What the model returned for the example in eval mode; None without one.
+    example : object
+        The input of that run; None without one.
     """
 
     model: nn.Module
@@ -56,6 +59,7 @@ class Flow:
     reads: dict[int, set[str]]
     modes: tuple[bool, ...] = (False,)
     result: Any = None
+    example: Any = None
     _calls: dict[int, list[Call]] = field(default_factory=dict)
     _names: dict[int, list[str]] = field(default_factory=dict)
 
@@ -331,6 +335,7 @@ def find_flow(
     *,
     modes_needed: tuple[bool, ...] = (False,),
     run: Callable[[nn.Module], Any] | None = None,
+    make_up: bool = False,
 ) -> Flow:
     """Find how values flow through a network.
 
@@ -345,6 +350,8 @@ def find_flow(
         Training flags for which statements must hold: ``(False,)`` for inference, ``(False, True)`` for both.
     run : callable, optional
         ``run(model)`` calls the model on an input of any structure, in place of ``example``.
+    make_up : bool, default False
+        Where no example is given, try inputs made up from what the model says about itself.
 
     Returns
     -------
@@ -363,7 +370,6 @@ def find_flow(
     views: list[View] = []
     unseen: dict[str, str] = {}
     reads: dict[int, set[str]] = {}
-    result = None
     for training in modes_needed:
         with modes(model, training):
             found, missed, read = follow(model, training=training)
@@ -372,13 +378,26 @@ def find_flow(
             unseen.setdefault(path, reason)
         for key, where in read.items():
             reads.setdefault(key, set()).update(where)
-    if run is not None or example is not None:
-        call = run if run is not None else (lambda network: call_with(network, example))
-        view, read, result = watch(model, lambda: call(model))
-        views.append(view)
-        for key, where in read.items():
-            reads.setdefault(key, set()).update(where)
-    return Flow(model, views, unseen, reads, modes_needed, result)
+    state = torch.get_rng_state()
+    try:
+        for given in guesses(model) if make_up and run is None and example is None else [example]:
+            if run is None and given is None:
+                continue
+            torch.set_rng_state(state)
+            call = run if run is not None else partial(call_with, example=given)
+            try:
+                view, read, result = watch(model, partial(call, model))
+            except Exception:
+                if not make_up or example is not None or run is not None:
+                    raise
+                continue
+            views.append(view)
+            for key, where in read.items():
+                reads.setdefault(key, set()).update(where)
+            return Flow(model, views, unseen, reads, modes_needed, result, given)
+    finally:
+        torch.set_rng_state(state)
+    return Flow(model, views, unseen, reads, modes_needed)
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:

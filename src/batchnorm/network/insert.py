@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batchnorm.errors import ArgumentError, BatchNormError, DataError, TraceError, VerificationError
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.network.batches import move_to, run_batch, single_device
-from batchnorm.network.example import call_with, made_up_example
+from batchnorm.network.example import call_with
 from batchnorm.network.graph import Flow, find_flow
 from batchnorm.network.hidden import Verdict, ends_residual_branch, judge
 from batchnorm.network.kinds import is_layer
@@ -119,13 +119,13 @@ def insert(
     _check(model, data, zero_init_residual, eps)
     batches, first = _first_batch(data)
     run = _runner(model, example, first)
-    made_up = made_up_example(model) if run is None else None
-    flow = _look(model, made_up, run)
+    flow = _look(model, run)
     told = Record()
     chosen = {path: verdict for path, layer, verdict in _verdicts(model, flow, told) if verdict.insert}
     result = copy.deepcopy(model)
     # a network that begins with a Linear takes any number of axes, so a made-up (N, C) tells nothing
-    exact = not (made_up is None and run is None) and not (isinstance(made_up, Tensor) and made_up.dim() == 2)
+    free = isinstance(flow.example, Tensor) and flow.example.dim() == 2
+    exact = run is not None or not free
     for path, verdict in chosen.items():
         _put(result, path, verdict, exact, eps, momentum, zero_init_residual, told)
     if chosen and batches is not None:
@@ -189,9 +189,9 @@ def _runner(model: nn.Module, example: Any, first: Any) -> Callable[[nn.Module],
     return lambda network: run_batch(network, batch, _TOOL)
 
 
-def _look(model: nn.Module, example: Any, run: Callable[[nn.Module], Any] | None) -> Flow:
+def _look(model: nn.Module, run: Callable[[nn.Module], Any] | None) -> Flow:
     try:
-        flow = find_flow(model, example, modes_needed=(False, True), run=run)
+        flow = find_flow(model, modes_needed=(False, True), run=run, make_up=True)
     except BatchNormError:
         raise
     except Exception as error:
