@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 from rich.table import Table
 
-from batchnorm.kernels import select
+from batchnorm.kernels import cpu, select
 
 PACKAGES = (
     "batchnorm",
@@ -80,22 +80,14 @@ def engines() -> list[tuple[str, str]]:
 
 
 def core() -> list[tuple[str, str]]:
-    """Describe the C++ core: instruction set, and the pool of output buffers.
+    """Describe the C++ core: instruction set, compiler, threads, and the pool of output buffers.
 
     Returns
     -------
     list of (str, str)
-        Empty where it was not built.
+        What the core says of itself.
     """
-    from batchnorm.kernels import cpu
-
-    described: list[tuple[str, str]] = []
-    if cpu.engine is None:
-        return described
-    about = getattr(cpu, "describe", None)
-    if about is not None:
-        described += [(str(key), str(value)) for key, value in about().items()]
-    return described
+    return [(name, str(value)) for name, value in cpu.info().items()]
 
 
 def threads() -> list[tuple[str, str]]:
@@ -126,8 +118,6 @@ def table() -> Table:
     drawn = Table("", "", title="batchnorm", show_header=False)
     sections = {"versions": versions(), "engine": engines(), "C++ core": core(), "threads": threads()}
     for title, lines in sections.items():
-        if not lines:
-            continue
         drawn.add_section()
         drawn.add_row(f"[bold]{title}[/bold]", "")
         for name, value in lines:

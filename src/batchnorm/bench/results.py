@@ -151,13 +151,13 @@ def provenance(threads: int) -> Provenance:
     """
     import torch
 
+    from batchnorm.kernels import cpu
     from batchnorm.kernels.select import select
 
     engine = select(torch.empty(2, 2))
-    isa = getattr(engine, "isa", "")
     return Provenance(
         cpu=processor(),
-        isa=str(isa() if callable(isa) else isa),
+        isa=str(cpu.info().get("isa", "")),
         engine=engine.name,
         threads=threads,
         batchnorm=installed("batchnorm"),

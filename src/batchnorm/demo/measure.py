@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-import batchnorm
 from batchnorm.data import ImageData
 from batchnorm.demo.costs import Costs, count
 from batchnorm.demo.learning import BATCH, Curve, accuracy, learn
 from batchnorm.demo.network import plain_network
 from batchnorm.demo.one_sample import OneSample, ask_one_at_a_time
+from batchnorm.network.calibrate import calibrate
+from batchnorm.network.fold import fold
+from batchnorm.network.insert import insert
+from batchnorm.network.record import Record, record
 
 LEARNING_RATE = 0.05
 FACTORS = (1, 5, 30)
@@ -37,7 +38,7 @@ class Insertion:
 
     before: str
     after: str
-    record: str
+    record: Record
     spreads: dict[str, dict[str, tuple[float, float]]]
     largest_answer: float = 0.0
     jump: float = 0.0
@@ -51,7 +52,7 @@ class Folded:
     after: Costs
     logits: Tensor
     folded: Tensor
-    record: str
+    record: Record
 
     @property
     def difference(self) -> float:
@@ -76,24 +77,6 @@ class Story:
     one_sample: OneSample
     folded: Folded
     curves: list[Curve] = field(default_factory=list)
-
-
-def as_text(thing: object) -> str:
-    """Print something that rich can draw into text of a fixed width.
-
-    Parameters
-    ----------
-    thing : object
-        For example a record.
-
-    Returns
-    -------
-    str
-        Without colours.
-    """
-    console = Console(file=io.StringIO(), width=120, color_system=None, markup=False, emoji=False)
-    console.print(thing)
-    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -146,7 +129,7 @@ def norm_paths(model: nn.Module, layers: list[str]) -> dict[str, str]:
     dict
         Layer to path of its batch norm.
     """
-    channels = {name: model.get_submodule(name).weight.shape[0] for name in layers}
+    channels = {name: next(model.get_submodule(name).parameters()).shape[0] for name in layers}
     norms = [
         (path, int(module.num_features))
         for path, module in model.named_modules()
@@ -180,12 +163,12 @@ def measure(data: ImageData, *, seed: int = 0, steps: int = STEPS, advance: Adva
     """
     plain = plain_network(seed)
     example = data.train_images[:BATCH]
-    normalized = batchnorm.insert(copy.deepcopy(plain), example)
+    normalized = insert(plain, example)
     hidden = [name for name, _ in plain.named_children()][:-1]
     insertion = Insertion(
         before=str(plain),
         after=str(normalized),
-        record=as_text(batchnorm.record(normalized)),
+        record=record(normalized),
         spreads={
             "plain": spread(plain, {name: name for name in hidden}, example),
             "normalized": spread(normalized, norm_paths(normalized, hidden), example),
@@ -204,7 +187,7 @@ def measure(data: ImageData, *, seed: int = 0, steps: int = STEPS, advance: Adva
 
     # M5: a network that is trained already is normalized without a jump
     already = trained["plain", 1]
-    given = batchnorm.insert(copy.deepcopy(already), example, data=[data.train_images]).eval()
+    given = insert(already, example, data=[data.train_images], progress=False).eval()
     with torch.no_grad():
         answers = already.eval()(data.test_images)
         insertion.jump = (given(data.test_images) - answers).abs().max().item()
@@ -213,19 +196,19 @@ def measure(data: ImageData, *, seed: int = 0, steps: int = STEPS, advance: Adva
     model = trained["normalized", 5]
     moving = accuracy(model, data.test_images, data.test_labels)
     batches = list(data.train_images.split(BATCH))
-    model = batchnorm.calibrate(model, batches, progress=False).eval()
+    model = calibrate(model, batches, progress=False).eval()
     calibrated = accuracy(model, data.test_images, data.test_labels)
     advance("one sample at a time", 0, 1)
     one_sample = ask_one_at_a_time(model, data)
     advance("one sample at a time", 1, 1)
     advance("folding", 0, 1)
-    folded = fold(model, data)
+    folded = fold_and_compare(model, data)
     advance("folding", 1, 1)
     return Story(seed, steps, insertion, calibrated, moving, one_sample, folded, curves)
 
 
 @torch.no_grad()
-def fold(model: nn.Module, data: ImageData) -> Folded:
+def fold_and_compare(model: nn.Module, data: ImageData) -> Folded:
     """Fold a trained network and hold it against what it came from.
 
     Parameters
@@ -241,11 +224,11 @@ def fold(model: nn.Module, data: ImageData) -> Folded:
         Answers and costs.
     """
     sample = data.test_images[:1]
-    small = batchnorm.fold(copy.deepcopy(model), data.train_images[:BATCH]).eval()
+    small = fold(model, data.train_images[:BATCH]).eval()
     return Folded(
         before=count(model, sample),
         after=count(small, sample),
         logits=model(data.test_images),
         folded=small(data.test_images),
-        record=as_text(batchnorm.record(small)),
+        record=record(small),
     )

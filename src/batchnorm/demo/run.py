@@ -86,7 +86,7 @@ def tell(story: Story, console: Console) -> None:
         Where to.
     """
     console.rule("1. normalized")
-    console.print(story.insertion.record, markup=False, highlight=False)
+    console.print(story.insertion.record)
     console.print(
         f"Inserted into a trained network with its data, answers change by {story.insertion.jump:.1e} at most "
         f"(the largest is {story.insertion.largest_answer:.1f})."
