@@ -1,0 +1,151 @@
+// Activations as functors on packs: value, and gradient dy * activation'(u). The piecewise linear ones can also
+// say on which side of the kink u lies, one bit a lane, and give the gradient from that bit. NaN passes through.
+// Per instruction set, like simd.h.
+#pragma once
+#include "functions.h"
+
+namespace bn::BN_ISA {
+
+struct Smooth {
+    static constexpr bool has_side = false;
+};
+
+struct Identity : Smooth {
+    template <class P>
+    static BN_INLINE P value(P u) {
+        return u;
+    }
+    template <class P>
+    static BN_INLINE P gradient(P, P dy) {
+        return dy;
+    }
+};
+
+struct Relu {
+    static constexpr bool has_side = true;
+    template <class A>
+    static BN_INLINE Pack<A> value(Pack<A> u) {
+        return select(lt(u, set1<A>(0)), set1<A>(0), u);
+    }
+    template <class A>
+    static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
+        return select(le(u, set1<A>(0)), set1<A>(0), dy);
+    }
+    template <class A>
+    static BN_INLINE unsigned side(Pack<A> u) {
+        return ~bits(le(u, set1<A>(0))) & 0xffffu;
+    }
+    template <class A>
+    static BN_INLINE Pack<A> from_side(unsigned b, Pack<A> dy) {
+        return select(mask_from<A>(b), dy, set1<A>(0));
+    }
+};
+
+struct Relu6 : Relu {
+    template <class A>
+    static BN_INLINE Pack<A> value(Pack<A> u) {
+        u = Relu::value(u);
+        return select(lt(set1<A>(6), u), set1<A>(6), u);
+    }
+    template <class A>
+    static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
+        return select(le(set1<A>(6), u), set1<A>(0), Relu::gradient(u, dy));
+    }
+    template <class A>
+    static BN_INLINE unsigned side(Pack<A> u) {
+        return Relu::side(u) & ~bits(le(set1<A>(6), u));
+    }
+};
+
+struct LeakyRelu {
+    static constexpr bool has_side = true;
+    static constexpr double slope = 0.01;
+    template <class A>
+    static BN_INLINE Pack<A> value(Pack<A> u) {
+        return select(lt(set1<A>(0), u), u, u * set1<A>(static_cast<A>(slope)));
+    }
+    template <class A>
+    static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
+        return value_from(lt(set1<A>(0), u), dy);
+    }
+    template <class A>
+    static BN_INLINE unsigned side(Pack<A> u) {
+        return bits(lt(set1<A>(0), u));
+    }
+    template <class A>
+    static BN_INLINE Pack<A> from_side(unsigned b, Pack<A> dy) {
+        return value_from(mask_from<A>(b), dy);
+    }
+
+  private:
+    template <class A>
+    static BN_INLINE Pack<A> value_from(Mask<A> positive, Pack<A> dy) {
+        return select(positive, dy, dy * set1<A>(static_cast<A>(slope)));
+    }
+};
+
+struct Silu : Smooth {
+    template <class P>
+    static BN_INLINE P value(P u) {
+        return u * sigmoid(u);
+    }
+    template <class A>
+    static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
+        const Pack<A> s = sigmoid(u);
+        return dy * s * fma(u, set1<A>(1) - s, set1<A>(1));
+    }
+};
+
+struct Hardswish : Smooth {
+    template <class A>
+    static BN_INLINE Pack<A> value(Pack<A> u) {
+        return u * Relu6::value(u + set1<A>(3)) * set1<A>(static_cast<A>(1.0 / 6));
+    }
+    template <class A>
+    static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
+        const Pack<A> inside = dy * fma(u, set1<A>(static_cast<A>(1.0 / 3)), set1<A>(static_cast<A>(0.5)));
+        const Pack<A> right = select(lt(u, set1<A>(3)), inside, dy);
+        return select(le(u, set1<A>(-3)), set1<A>(0), right);
+    }
+};
+
+struct Sigmoid : Smooth {
+    template <class P>
+    static BN_INLINE P value(P u) {
+        return sigmoid(u);
+    }
+    template <class A>
+    static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
+        const Pack<A> s = sigmoid(u);
+        return dy * s * (set1<A>(1) - s);
+    }
+};
+
+struct Tanh : Smooth {
+    template <class P>
+    static BN_INLINE P value(P u) {
+        return tanh(u);
+    }
+    template <class A>
+    static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
+        const Pack<A> t = tanh(u);
+        return dy * (set1<A>(1) - t * t);
+    }
+};
+
+struct Gelu : Smooth {
+    template <class P>
+    static BN_INLINE P value(P u) {
+        P cdf, pdf;
+        normal(u, cdf, pdf);
+        return u * cdf;
+    }
+    template <class P>
+    static BN_INLINE P gradient(P u, P dy) {
+        P cdf, pdf;
+        normal(u, cdf, pdf);
+        return dy * fma(u, pdf, cdf);
+    }
+};
+
+}  // namespace bn::BN_ISA

@@ -1,0 +1,61 @@
+// Compiled once per instruction set, with BN_ISA naming the namespace. Nothing from the C++ library that could be
+// emitted out of line may be used here: the linker would keep one copy for every instruction set.
+#include "kernels.h"
+#include "activations.h"
+#include "elements.h"
+
+#include "loops_forward.h"
+#include "loops_backward.h"
+#include "loops_moments.h"
+#include "loops_stream.h"
+
+namespace bn::BN_ISA {
+
+template <class T, class Act>
+void fill_activation(Kernels<typename Element<T>::Acc> &k, Activation which) {
+    const int a = static_cast<int>(which);
+    k.plane_apply[a][0] = apply<T, Act, false, false>;
+    k.plane_apply[a][1] = apply<T, Act, false, true>;
+    k.column_apply[a][0] = apply<T, Act, true, false>;
+    k.column_apply[a][1] = apply<T, Act, true, true>;
+    k.plane_reduce[a][0] = plane_reduce<T, Act, false>;
+    k.plane_reduce[a][1] = plane_reduce<T, Act, true>;
+    k.column_reduce[a][0] = column_reduce<T, Act, false>;
+    k.column_reduce[a][1] = column_reduce<T, Act, true>;
+    k.plane_input[a][0] = input<T, Act, false, false>;
+    k.plane_input[a][1] = input<T, Act, false, true>;
+    k.column_input[a][0] = input<T, Act, true, false>;
+    k.column_input[a][1] = input<T, Act, true, true>;
+}
+
+template <class T>
+void fill(Kernels<typename Element<T>::Acc> &k) {
+    k.plane_moments = plane_moments<T>;
+    k.column_moments = column_moments<T>;
+    k.stream = stream;
+    k.fence = fence;
+    k.first = first<T>;
+    k.firsts = firsts<T>;
+    fill_activation<T, Identity>(k, Activation::identity);
+    fill_activation<T, Relu>(k, Activation::relu);
+    fill_activation<T, Relu6>(k, Activation::relu6);
+    fill_activation<T, LeakyRelu>(k, Activation::leaky_relu);
+    fill_activation<T, Silu>(k, Activation::silu);
+    fill_activation<T, Hardswish>(k, Activation::hardswish);
+    fill_activation<T, Sigmoid>(k, Activation::sigmoid);
+    fill_activation<T, Tanh>(k, Activation::tanh);
+    fill_activation<T, Gelu>(k, Activation::gelu);
+}
+
+#define BN_NAME_(x) #x
+#define BN_NAME(x) BN_NAME_(x)
+
+void fill_set(KernelSet &set) {
+    set.isa = BN_NAME(BN_ISA);
+    fill<float>(set.f32);
+    fill<double>(set.f64);
+    fill<bf16>(set.bf16);
+    fill<f16>(set.f16);
+}
+
+}  // namespace bn::BN_ISA

@@ -1,0 +1,106 @@
+// One call, as raw pointers and sizes. A is the accumulator type: float, or double for float64.
+#pragma once
+#include <cmath>
+#include <memory>
+#include "cache.h"
+#include "geometry.h"
+#include "kernels.h"
+
+namespace bn {
+
+template <class A>
+struct Tracking {
+    A *running_mean = nullptr, *running_var = nullptr;  // nullptr: nothing is tracked
+    int64_t *num_batches_tracked = nullptr, *num_batches_skipped = nullptr, *skipped_channels = nullptr;
+    double momentum = 0.1;
+    bool average = false;  // momentum None: weight 1 / batches counted
+    int correction = 1;
+    bool skip_nonfinite = true;
+};
+
+enum ForwardParts : unsigned { statistics = 1, normalization = 2 };
+enum BackwardParts : unsigned { reduction = 1, input_gradient = 2 };
+
+template <class A>
+struct ForwardProblem {
+    Shape shape;
+    Activation activation = Activation::identity;
+    unsigned parts = statistics | normalization;
+    const void *z = nullptr, *residual = nullptr;
+    void *y = nullptr;
+    uint8_t *mask = nullptr;
+    const A *gamma = nullptr, *beta = nullptr;
+    A *mean = nullptr, *var = nullptr, *inv_std = nullptr;  // written by statistics, read by normalization alone
+    A *m2 = nullptr;
+    double eps = 0;
+    Tracking<A> tracking;
+    int threads = 1;
+};
+
+template <class A>
+struct BackwardProblem {
+    Shape shape;
+    Activation activation = Activation::identity;
+    unsigned parts = reduction | input_gradient;
+    const void *dy = nullptr, *z = nullptr, *saved = nullptr;  // saved: bit mask or residual
+    void *dz = nullptr, *dresidual = nullptr;
+    const A *gamma = nullptr, *beta = nullptr, *mean = nullptr, *inv_std = nullptr;
+    A *sum_dy = nullptr, *sum_dy_zhat = nullptr;  // written by the reduction, read by the input gradient alone
+    double count = 0;                             // values per channel; infinite: the statistics are constants
+    int threads = 1;
+};
+
+void forward(const ForwardProblem<float> &);
+void forward(const ForwardProblem<double> &);
+void backward(const BackwardProblem<float> &);
+void backward(const BackwardProblem<double> &);
+
+// --- shared by forward and backward ---
+
+template <class A>
+const Kernels<A> &table(DType t) {
+    const KernelSet &k = kernels();
+    if constexpr (sizeof(A) == 8)
+        return k.f64;
+    else
+        return t == DType::f32 ? k.f32 : t == DType::bf16 ? k.bf16 : k.f16;
+}
+
+// a tensor's bytes, and its strides in bytes
+struct View {
+    char *p;
+    int64_t sn, sc;
+    char *at(int64_t n, int64_t c = 0) const { return p + n * sn + c * sc; }
+    explicit operator bool() const { return p != nullptr; }
+};
+
+inline View view(const void *p, int64_t sn, int64_t sc) {
+    return {static_cast<char *>(const_cast<void *>(p)), sn, sc};
+}
+
+template <class A>
+struct Affine {  // scale and shift of a channel, the one way in forward and backward
+    static A scale(const A *gamma, const A *inv_std, int64_t c) { return gamma ? gamma[c] * inv_std[c] : inv_std[c]; }
+    static A shift(const A *beta, int64_t c) { return beta ? beta[c] : A{0}; }
+};
+
+template <class T>
+using Array = std::unique_ptr<T[]>;
+
+template <class T>
+Array<T> array(int64_t count) {
+    return Array<T>(new T[static_cast<size_t>(count)]);
+}
+
+inline void prefetch(const char *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// one more thread for about every 32,000 values: below that, waking it costs more than it does
+inline int useful_threads(int threads, int64_t values) {
+    return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, values / 16384)));
+}
+
+constexpr int64_t scratch_bytes = 8192;  // a piece of output on its way to memory, in the first-level cache
+
+}  // namespace bn
