@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class _Pool:
         self.count = torch.zeros_like(like, dtype=dtype)
         self.mean = torch.zeros_like(like, dtype=dtype)
         self.m2 = torch.zeros_like(like, dtype=dtype)
+        self.skipped = torch.zeros((), dtype=torch.long, device=like.device)
 
     def add(self, count: int | Tensor, mean: Tensor, var: Tensor) -> None:
         with torch.no_grad():
@@ -29,8 +30,7 @@ class _Pool:
             keep = counts > 0
             if self.tracking.skip_nonfinite:
                 finite = torch.isfinite(mean) & torch.isfinite(var)
-                if self.tracking.num_batches_skipped is not None:
-                    self.tracking.num_batches_skipped.add_((keep & ~finite).any())
+                self.skipped.add_((keep & ~finite).any())
                 keep = keep & finite
             values = (counts, mean.to(dtype), var.to(dtype) * counts)
             merged = merge(self.count, self.mean, self.m2, *values)
@@ -39,6 +39,8 @@ class _Pool:
 
     def commit(self) -> None:
         tracking = self.tracking
+        if tracking.num_batches_skipped is not None:
+            tracking.num_batches_skipped.add_(self.skipped)
         if tracking.skip_nonfinite and tracking.skipped_channels is not None:
             # a channel with no finite micro-batch at all misses this step of the plain average
             tracking.skipped_channels.add_((self.count == 0) & (self.count > 0).any())
@@ -49,10 +51,20 @@ class Accumulator:
     """Pools what a layer sees, by the buffers it would have moved.
 
     A layer has one set of buffers for each domain, and each is pooled by itself.
+
+    Parameters
+    ----------
+    known : iterable of Tracking
+        Buffers that the layer has. Others may come; but a compiled forward that has not seen them yet
+        would be compiled again.
     """
 
-    def __init__(self) -> None:
-        self._pools: dict[int, _Pool] = {}
+    def __init__(self, known: Iterable[Tracking] = ()) -> None:
+        self._pools = {id(tracking.running_mean): _Pool(tracking) for tracking in known}
+
+    def __reduce__(self) -> tuple:
+        # a copy of a layer, or one that was saved, is outside the window: no block would end it
+        return (type(None), ())
 
     def taking(self, tracking: Tracking) -> Callable[[int | Tensor, Tensor, Tensor], None]:
         """Give what takes (count, mean, var) in place of moving ``tracking``.

@@ -13,11 +13,11 @@ There are three ways into the same formulas, and `normalize_batch` / `normalize_
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.nn import functional as F
 
 from batchnorm import operators
@@ -25,10 +25,8 @@ from batchnorm.kernels import aten
 from batchnorm.kernels.contract import LEAKY_SLOPE, PIECEWISE_LINEAR, Engine
 from batchnorm.kernels.select import select
 from batchnorm.layout import values_per_channel, vector_shape
-from batchnorm.population import Tracking, commit
-
-Sink = Callable[[int | Tensor, Tensor, Tensor], None]
-"""Takes (count, mean, variance with divisor m) of a batch: what moves statistics if no engine does."""
+from batchnorm.population import Tracking
+from batchnorm.recording import Sink, tell
 
 
 def observed(z: Tensor) -> bool:
@@ -42,18 +40,9 @@ def observed(z: Tensor) -> bool:
     )
 
 
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward, that is, re-runs a checkpointed segment.
-
-    Activation checkpointing, reentrant or not, calls the forward a second time while torch's backward
-    is under way. The batch was counted the first time.
-    """
-    return torch._C._current_graph_task_id() != -1
-
-
 def _record(tracking: Tracking | Sink, count: int | Tensor, mean: Tensor, var: Tensor) -> None:
     if isinstance(tracking, Tracking):
-        commit(tracking, count, mean, var)
+        tell(tracking, [(count, mean, var)])
     else:
         tracking(count, mean, var)
 
@@ -90,13 +79,13 @@ class _Training(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, gamma, beta, mean, inv_std, saved, residual = ctx.saved_tensors
         need = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or observed(dy) or _functorch.is_legacy_batchedtensor(dy):
             slope = None
             if ctx.activation in PIECEWISE_LINEAR:
                 # constant almost everywhere, so the second derivative sees it as data
                 with torch.no_grad():
                     slope = ctx.engine.backward(
-                        torch.ones_like(dy),
+                        torch.ones_like(z),
                         z,
                         ctx.axis,
                         mean,
@@ -145,7 +134,7 @@ class _Inference(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, gamma, beta, mean, inv_std = ctx.saved_tensors
         need = (*ctx.needs_input_grad[:3], False)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or observed(dy) or _functorch.is_legacy_batchedtensor(dy):
             constants = (mean, inv_std)
             grads = _closed_form(dy, z, gamma, beta, None, ctx.axis, 0.0, ctx.activation, None, constants)
             return *_match(grads, z, gamma, beta, need)[:3], None, None, None, None
@@ -272,9 +261,9 @@ def normalize_batch(
         Of the shape, dtype and memory format of ``z``.
     """
     if torch.compiler.is_compiling():
-        y, mean, var = operators.training(z, gamma, beta, residual, axis, eps, activation)
+        y, count, mean, var = operators.training(z, gamma, beta, residual, axis, eps, activation)
         if tracking is not None:
-            _record(tracking, values_per_channel(z.shape, axis), mean, var)
+            _record(tracking, count, mean, var)
         return y
     if observed(z):
         return _composite_batch(z, gamma, beta, residual, None, None, axis, eps, activation, tracking)
@@ -337,7 +326,9 @@ def _composite_batch(
     var = m2 / m.clamp(min=1)
     if tracking is not None:
         dtype = aten.vector_dtype(z)
-        told = values_per_channel(z.shape, axis) if count is None else count
+        told: int | Tensor = values_per_channel(z.shape, axis) if count is None else count
+        if torch.compiler.is_compiling() and count is not None:
+            told = operators.first_time(count)
         _record(tracking, told, mean.detach().to(dtype), var.detach().to(dtype))
     if fallback is not None:
         enough = m > 1

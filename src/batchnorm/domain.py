@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from torch import nn
+
 from batchnorm.errors import ArgumentError
 
+# one for the process, not one a thread: a checkpoint on an accelerator runs forwards again in torch's
+# backward thread, and they must see the domain that the first run saw
 _active: list[str] = []
+
+_TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
 class domain:
@@ -18,17 +24,18 @@ class domain:
     those that torch.nn would load.
 
     A domain's statistics begin at mean 0 and variance 1 when a layer first trains in it. They are saved
-    with the layer's state, under ``domains.<name>.``. Blocks nest; the innermost counts.
+    with the layer's state, under ``domains.<name>.``. Blocks nest; the innermost counts. The domain in force
+    is that of the process: threads that run different domains at the same time disturb each other.
 
     Parameters
     ----------
     name : str
-        The domain; a Python identifier.
+        The domain; a Python identifier that torch's modules do not use.
 
     Raises
     ------
     ArgumentError
-        The name is not an identifier.
+        The name is not an identifier, or one like ``train`` that a module has a method of.
 
     References
     ----------
@@ -46,12 +53,7 @@ class domain:
     """
 
     def __init__(self, name: str) -> None:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ArgumentError(
-                f"domain: {name!r} is not a name.",
-                why="it becomes part of the keys in the state dict.",
-                mend='letters, digits and underscores, e.g. "fake".',
-            )
+        check_name(name)
         self.name = name
 
     def __enter__(self) -> domain:
@@ -76,3 +78,25 @@ def active_domain() -> str | None:
         Its name; None outside every ``with domain``.
     """
     return _active[-1] if _active else None
+
+
+def check_name(name: str) -> None:
+    """Raise `ArgumentError` unless a domain can have this name.
+
+    Parameters
+    ----------
+    name : str
+        The domain.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ArgumentError(
+            f"domain: {name!r} is not a name.",
+            why="it becomes part of the keys in the state dict.",
+            mend='letters, digits and underscores, e.g. "fake".',
+        )
+    if name in _TAKEN:
+        raise ArgumentError(
+            f"domain: {name!r} is something that every torch module has already.",
+            why="the statistics are a module of that name, and torch would find the other.",
+            mend=f'another name, e.g. "{name}_data".',
+        )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm import validation
-from batchnorm.autograd import Sink, normalize_batch, normalize_masked, normalize_population, recomputing
+from batchnorm.autograd import normalize_batch, normalize_masked, normalize_population
 from batchnorm.layout import channel_axis, values_per_channel
-from batchnorm.operators import check_count, check_finite
-from batchnorm.population import Tracking, commit
+from batchnorm.operators import check_count
+from batchnorm.population import Tracking, count_empty
+from batchnorm.recording import Sink, Told, counting, tell
 
 __all__ = ["batch_norm"]
 
@@ -140,9 +140,13 @@ def batch_norm(
     >>> mean  # moved a tenth of the way to the batch's mean
     tensor([0.2000, 2.0000])
     """
-    validation.check_arguments(momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size)
+    # inference has no use for momentum, and torch's callers pass what they like
+    used = momentum if training else None
+    validation.check_arguments(used, eps, activation, on_single_value, on_nonfinite, virtual_batch_size)
     validation.check_switches(masked_output, running_var_correction)
     options = Options(eps, activation, channel_dim, on_single_value, on_nonfinite, virtual_batch_size)
+    if input.dim() == 1 and input.numel() == 0:
+        return input.clone()  # torch lets it pass
     if not training:
         return infer(
             input, running_mean, running_var, weight, bias, residual, mask, masked_output, options, inplace
@@ -261,14 +265,15 @@ def train(
         else (population.running_mean, population.running_var, gamma, beta)
     )
     validation.check_tensors(z, axis, vectors, residual)
-    if tracking is not None and not torch.compiler.is_compiling() and recomputing():
-        tracking = None  # a checkpointed segment runs again: its batch was counted the first time
+    tracking = counting(tracking)
     keep = None if mask is None else validation.spread_mask(mask, z, axis)
     virtual = options.virtual_batch_size
     if virtual is not None and z.shape[0] > virtual:
         return _in_parts(
             z, gamma, beta, residual, keep, masked_output, tracking, population, options, axis, virtual
         )
+    if options.on_nonfinite == "raise" or not (tracking is None or isinstance(tracking, Tracking)):
+        tracking = _telling(tracking, options.on_nonfinite == "raise")
     return _one_batch(z, gamma, beta, residual, keep, masked_output, tracking, population, options, axis)
 
 
@@ -285,14 +290,14 @@ def _one_batch(
     axis: int,
 ) -> Tensor:
     eps, activation = options.eps, options.activation
-    if options.on_nonfinite == "raise":
-        tracking = _refusing(tracking)
     if keep is None:
         m = values_per_channel(z.shape, axis)
         if m >= 2:
             return normalize_batch(z, gamma, beta, residual, axis, eps, activation, tracking)
         if m == 0:
             # no value, no statistics: any will do, for there is nothing to normalize
+            if isinstance(tracking, Tracking):
+                count_empty(tracking)
             return _constants(z, gamma, beta, residual, population, axis, options)
         if options.on_single_value == "error":
             raise validation.too_few_values(z, axis)
@@ -347,12 +352,13 @@ def _in_parts(
         if values_per_channel(smallest.shape, axis) == 1:
             raise validation.too_few_values(smallest, axis)
     # told only when every part has passed, so that an error in a later one leaves no trace
-    told: list[tuple[int | Tensor, Tensor, Tensor]] = []
+    told: list[Told] = []
 
     def remember(count: int | Tensor, mean: Tensor, var: Tensor) -> None:
         told.append((count, mean, var))
 
-    sink = None if tracking is None else remember
+    refuse = options.on_nonfinite == "raise"
+    sink = None if tracking is None and not refuse else remember
     outputs = [
         _one_batch(part, gamma, beta, added, kept, masked_output, sink, population, options, axis)
         for part, added, kept in zip(
@@ -362,20 +368,12 @@ def _in_parts(
             strict=True,
         )
     ]
-    for count, mean, var in told:
-        if isinstance(tracking, Tracking):
-            commit(tracking, count, mean, var)
-        elif tracking is not None:
-            tracking(count, mean, var)
+    tell(tracking, told, refuse)
     return torch.cat(outputs)
 
 
-def _refusing(tracking: Tracking | Sink | None) -> Callable[[int | Tensor, Tensor, Tensor], None]:
+def _telling(tracking: Tracking | Sink | None, refuse: bool) -> Sink:
     def sink(count: int | Tensor, mean: Tensor, var: Tensor) -> None:
-        mean = check_finite(mean, var)
-        if isinstance(tracking, Tracking):
-            commit(tracking, count, mean, var)
-        elif tracking is not None:
-            tracking(count, mean, var)
+        tell(tracking, [(count, mean, var)], refuse)
 
     return sink

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm import validation
 from batchnorm.accumulator import Accumulator
-from batchnorm.domain import active_domain
+from batchnorm.domain import active_domain, check_name
 from batchnorm.errors import BatchNormError, MissingStatisticsError, ShapeError
 from batchnorm.functional import Options, infer, train
 from batchnorm.population import Tracking
@@ -209,7 +209,10 @@ class Layer(nn.Module):
             self.on_nonfinite,
             self.virtual_batch_size,
         )
-        population = self.population(self.training)
+        name = active_domain()
+        if name is not None and self.training and not self.frozen_statistics and self._lacks(name):
+            return self._first_in_domain(name, z, residual, mask, masked_output, activation)
+        population = self.population()
         # a layer without statistics of its own always takes the batch's, as in torch
         if population is not None and (self.frozen_statistics or not self.training):
             mean, var = population.running_mean, population.running_var
@@ -219,13 +222,19 @@ class Layer(nn.Module):
             tracking = self.accumulator.taking(tracking)
         return train(z, self.weight, self.bias, residual, mask, masked_output, tracking, population, options)
 
-    def population(self, create: bool = False) -> Tracking | None:
-        """Give the statistics in force: the layer's own, or those of the active domain.
+    def _first_in_domain(self, name: str, *rest: Any) -> Tensor:
+        self.add_domain(name)
+        try:
+            return self._forward(*rest)
+        except BaseException:
+            # a step that fails leaves the layer as it was
+            del self.domains[name]
+            if not self.domains:
+                del self.domains
+            raise
 
-        Parameters
-        ----------
-        create : bool, default False
-            Begin the statistics of a domain that the layer has not met.
+    def population(self) -> Tracking | None:
+        """Give the statistics in force: the layer's own, or those of the active domain.
 
         Returns
         -------
@@ -235,7 +244,7 @@ class Layer(nn.Module):
         Raises
         ------
         MissingStatisticsError
-            The active domain is unknown and ``create`` is False.
+            The active domain is unknown to the layer.
         """
         validation.check_momentum(self.momentum)
         # nn.Module finds a buffer only after it has looked everywhere else
@@ -245,12 +254,25 @@ class Layer(nn.Module):
             validation.check_both_or_neither(mean, var)
             return None
         name = active_domain()
-        if name is not None:
-            buffers = self._domain(name, create)._buffers
-            mean, var = buffers["running_mean"], buffers["running_var"]
+        return self._tracking(buffers if name is None else self._domain(name)._buffers)
+
+    def populations(self) -> list[Tracking]:
+        """Give the statistics of the layer and of every domain it knows.
+
+        Returns
+        -------
+        list of Tracking
+            The layer's own first; empty where it tracks nothing.
+        """
+        if self._buffers["running_mean"] is None:
+            return []
+        holders: list[nn.Module] = [self, *(self.domains[name] for name in self._known())]
+        return [self._tracking(holder._buffers) for holder in holders]
+
+    def _tracking(self, buffers: dict[str, Tensor | None]) -> Tracking:
         return Tracking(
-            mean,  # type: ignore[arg-type]
-            var,  # type: ignore[arg-type]
+            buffers["running_mean"],  # type: ignore[arg-type]
+            buffers["running_var"],  # type: ignore[arg-type]
             buffers["num_batches_tracked"],
             buffers["num_batches_skipped"],
             buffers["skipped_channels"],
@@ -259,16 +281,22 @@ class Layer(nn.Module):
             self.on_nonfinite == "skip",
         )
 
-    def _domain(self, name: str, create: bool) -> DomainStatistics:
+    def _lacks(self, name: str) -> bool:
+        return self._buffers["running_mean"] is not None and name not in self._known()
+
+    def _known(self) -> tuple[str, ...]:
         domains = self._modules.get("domains")
-        known = () if domains is None else tuple(domains._modules)
-        if name not in known and not create:
+        return () if domains is None else tuple(domains._modules)
+
+    def _domain(self, name: str) -> DomainStatistics:
+        known = self._known()
+        if name not in known:
             raise MissingStatisticsError(
                 f"batch_norm: no statistics of the domain {name!r}; there are {', '.join(known) or 'none'}.",
                 why="inference needs the statistics of training in that domain.",
                 mend="train or calibrate inside the domain first, or leave the `with batchnorm.domain` block.",
             )
-        return self.add_domain(name)
+        return self.domains[name]  # type: ignore[return-value]
 
     def add_domain(self, name: str) -> DomainStatistics:
         """Give the statistics of a domain, and begin them at mean 0 and variance 1 where there are none.
@@ -286,12 +314,13 @@ class Layer(nn.Module):
         DomainStatistics
             Its buffers.
         """
-        if "domains" not in self._modules:
-            self.domains = nn.ModuleDict()
-        if name not in self.domains:
+        if name not in self._known():
             mean = self._buffers["running_mean"]
             if mean is None:
                 raise validation.missing_statistics()
+            check_name(name)
+            if "domains" not in self._modules:
+                self.domains = nn.ModuleDict()
             self.domains[name] = DomainStatistics(self.num_features, mean.device, mean.dtype)
         return self.domains[name]  # type: ignore[return-value]
 

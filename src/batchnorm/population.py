@@ -93,6 +93,21 @@ def commit(tracking: Tracking, count: int | Tensor, mean: Tensor, var: Tensor) -
             running.copy_(torch.where(moves, running * (1 - weight) + batch * weight, running))
 
 
+def count_empty(tracking: Tracking) -> None:
+    """Count a batch without any value: it was tracked, as in torch, and has no weight in a plain average.
+
+    Parameters
+    ----------
+    tracking : Tracking
+        Whose counts move.
+    """
+    with torch.no_grad():
+        if tracking.num_batches_tracked is not None:
+            tracking.num_batches_tracked.add_(1)
+            if tracking.skipped_channels is not None:
+                tracking.skipped_channels.add_(1)
+
+
 def merge(
     count: Tensor, mean: Tensor, m2: Tensor, count_b: int | Tensor, mean_b: Tensor, m2_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
