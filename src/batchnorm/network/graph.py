@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import time
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ from batchnorm.network.flow import Call, Value, View
 from batchnorm.network.kinds import is_batch_norm
 from batchnorm.network.tracing import follow
 from batchnorm.network.watching import modes, watch
+
+
+# seconds after which no further made-up input is tried
+_PATIENCE = 3.0
 
 
 class Unproven(Exception):
@@ -378,7 +383,7 @@ def find_flow(
             unseen.setdefault(path, reason)
         for key, where in read.items():
             reads.setdefault(key, set()).update(where)
-    state = torch.get_rng_state()
+    state, begun = torch.get_rng_state(), time.monotonic()
     try:
         for given in guesses(model) if make_up and run is None and example is None else [example]:
             if run is None and given is None:
@@ -390,6 +395,8 @@ def find_flow(
             except Exception:
                 if not make_up or example is not None or run is not None:
                     raise
+                if time.monotonic() - begun > _PATIENCE:
+                    break
                 continue
             views.append(view)
             for key, where in read.items():

@@ -199,6 +199,8 @@ def _look(model: nn.Module, run: Callable[[nn.Module], Any] | None) -> Flow:
             f"insert: the network fails on the example: {type(error).__name__}: {error}",
             mend="give an input that the network takes in eval mode.",
         ) from error
+    # layers that the symbolic look at training missed may be judged by the run
+    flow.modes = (False,)
     if not flow.whole and any(is_layer(m) for m in model.modules()):
         raise TraceError(
             f"insert: the flow of values through {type(model).__name__} can't be seen: {flow.unseen.get('', '')}.",
