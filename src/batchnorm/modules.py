@@ -180,12 +180,21 @@ class Layer(nn.Module):
         BatchNormError
             As `batchnorm.functional.batch_norm`, with the layer's path in the model.
         """
+        if isinstance(input, torch.fx.Proxy):
+            # one step for whoever looks at the flow of values, as torch's own layers are
+            return self._as_one_step(input, residual, mask, masked_output)
         try:
             return self._forward(input, residual, mask, masked_output)
         except BatchNormError as error:
             if not error.at and not torch.compiler.is_compiling():
                 error.at = _path_from_stack(self)
             raise
+
+    def _as_one_step(self, z: Any, residual: Any, mask: Any, masked_output: str) -> Any:
+        how = None if masked_output == "zero" else masked_output
+        given = {"residual": residual, "mask": mask, "masked_output": how}
+        given = {name: value for name, value in given.items() if value is not None}
+        return z.tracer.create_proxy("call_module", z.tracer.path_of_module(self), (z,), given)
 
     def _forward(
         self,

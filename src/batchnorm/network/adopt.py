@@ -51,6 +51,8 @@ class _NormThenChildren(Adopted):
     """Normalizes, then applies the layer's own children in order: a fused norm and activation."""
 
     _then_children = True
+    # a forward that spells batch norm out asks for no number of axes
+    _dimensions = (2, 3, 4, 5)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize, drop and activate, in one call where nobody looks in between.
@@ -248,6 +250,9 @@ def _understand(layer: _BatchNorm, cls: type[nn.Module]) -> tuple[str, bool]:
     Two readings are tried on copies: the forward calls ``super().forward``, so that it may stay as it is;
     or it spells batch norm out, and then applies the layer's own children in order.
     """
+    key = _likeness(layer)
+    if key in _UNDERSTOOD:
+        return "", _UNDERSTOOD[key]
     for then_children in (False, True) if layer._modules else (False,):
         made = ours_for(cls, then_children)
         trials = [
@@ -256,8 +261,23 @@ def _understand(layer: _BatchNorm, cls: type[nn.Module]) -> tuple[str, bool]:
             for shape in _TRIAL_SHAPES
         ]
         if False not in trials and True in trials:
+            _UNDERSTOOD[key] = then_children
             return "", then_children
     return f"{cls.__name__} has a forward of its own that is not understood", False
+
+
+# a model holds many layers that differ in their number of channels alone
+_UNDERSTOOD: dict[tuple[Any, ...], bool] = {}
+
+
+def _likeness(layer: nn.Module) -> tuple[Any, ...]:
+    """What a layer's forward may depend on, but for the number of channels."""
+    plain = {k: v for k, v in layer.__dict__.items() if isinstance(v, (bool, int, float, str, type(None)))}
+    for name in ("num_features", "training"):
+        plain.pop(name, None)
+    present = tuple(k for table in (layer._parameters, layer._buffers) for k, v in table.items() if v is not None)
+    children = tuple((name, type(child), repr(child)) for name, child in layer._modules.items())
+    return (type(layer), tuple(sorted(plain.items(), key=str)), present, children)
 
 
 def _same_on_trial(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 # a forward that asks these answers otherwise the next time
-_CHANGING = frozenset("is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_inference".split())
+_CHANGING = frozenset(["is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_inference"])
 _PLAIN = (
     bool,
     int,
@@ -127,7 +127,7 @@ class _Reads:
 
 def _frozen(value: Any, name: str) -> Any:
     """A copy of an attribute's value that can be compared later."""
-    if isinstance(value, _PLAIN) or isinstance(value, _FIXED):
+    if isinstance(value, (_PLAIN, _FIXED)):
         return value
     if type(value) in (tuple, list):
         return type(value)(_frozen(item, name) for item in value)

@@ -15,7 +15,16 @@ from batchnorm.network.fused import ALWAYS, Plan, finish, fused, importable, is_
 from batchnorm.network.kinds import LAYERS, activation_name, has_hooks
 
 _FRESH_FUNCTIONS = frozenset(
-    "conv1d conv2d conv3d linear conv_transpose1d conv_transpose2d conv_transpose3d matmul".split()
+    [
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "linear",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "matmul",
+    ]
 )
 _ACTIVATION_ARGUMENTS = {
     "leaky_relu": ("negative_slope", "inplace"),
