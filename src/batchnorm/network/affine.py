@@ -110,6 +110,8 @@ def affine_of(norm: nn.Module) -> Affine:
         raise Unproven(
             "it keeps no running statistics and normalizes by the batch at hand, also in eval mode"
         )
+    if norm.running_mean.is_meta:
+        raise Unproven("it has no values yet (meta device)")
     if "domains" in norm._modules:
         raise Unproven("it keeps statistics of several domains")
     if own_forward(norm, _KNOWN_NORMS):
@@ -190,6 +192,8 @@ def foldable_layer(layer: nn.Module) -> str:
     weight = layer._parameters.get("weight")
     if hasattr(layer, "parametrizations") or weight is None or "bias" not in layer._parameters:
         return "the weight of {path} is computed by a parametrization"
+    if weight.is_meta:
+        return "the weight of {path} has no values yet (meta device)"
     if weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         return f"the weight of {{path}} is {str(weight.dtype).removeprefix('torch.')}"
     if type(weight) not in (nn.Parameter, Tensor):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -28,11 +29,45 @@ def call_with(model: nn.Module, example: Any) -> Any:
     object
         What the network returns.
     """
+    # a network may overwrite its input, and the caller's example is not ours to spoil
+    example = _cloned(example)
     if isinstance(example, (tuple, list)):
         return model(*example)
-    if isinstance(example, dict) or hasattr(example, "keys"):
-        return model(**dict(example))
+    if isinstance(example, Mapping):
+        return model(**example)
     return model(example)
+
+
+def _cloned(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone()
+    if type(tree) in (tuple, list):
+        return type(tree)(_cloned(item) for item in tree)
+    if isinstance(tree, Mapping):
+        return {key: _cloned(item) for key, item in tree.items()}
+    return tree
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Copy a network.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        May keep tensors with a history as plain attributes, as old-style weight norm does, which
+        ``copy.deepcopy`` alone refuses.
+
+    Returns
+    -------
+    torch.nn.Module
+        A deep copy.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def guesses(model: nn.Module) -> Iterator[Any]:

@@ -26,7 +26,6 @@ from batchnorm.network.kinds import is_batch_norm
 from batchnorm.network.tracing import follow
 from batchnorm.network.watching import modes, watch
 
-
 # seconds after which no further made-up input is tried
 _PATIENCE = 3.0
 

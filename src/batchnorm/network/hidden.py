@@ -8,7 +8,7 @@ from torch import nn
 
 from batchnorm.network.flow import Call, Value
 from batchnorm.network.graph import Flow, Unproven
-from batchnorm.network.kinds import LAYERS, is_layer, is_norm
+from batchnorm.network.kinds import LAYERS, is_norm
 
 _LAYER_FUNCTIONS = frozenset(
     [
@@ -234,14 +234,18 @@ def _reaches_layer(value: Value) -> bool:
     waiting, seen = [value], {id(value)}
     while waiting:
         for call in waiting.pop().consumers:
-            inside = call.module.modules() if call.module is not None else ()
-            if kind_of(call) == "layer" or any(is_layer(m) for m in inside):
+            if kind_of(call) == "layer" or (call.module is not None and _holds_matrix(call.module)):
                 return True
             for out in call.outputs:
                 if id(out) not in seen:
                     seen.add(id(out))
                     waiting.append(out)
     return False
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    """Whether an opaque module has weights of its own: a recurrent layer, or a block that was not followed."""
+    return any(p.dim() > 1 for p in module.parameters())
 
 
 def ends_residual_branch(call: Call) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from batchnorm.errors import ArgumentError, BatchNormError, DataError, TraceError, VerificationError
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.network.batches import move_to, run_batch, single_device
-from batchnorm.network.example import call_with
+from batchnorm.network.example import call_with, copied
 from batchnorm.network.graph import Flow, find_flow
 from batchnorm.network.hidden import Verdict, ends_residual_branch, judge
 from batchnorm.network.kinds import is_layer
@@ -122,7 +121,7 @@ def insert(
     flow = _look(model, run)
     told = Record()
     chosen = {path: verdict for path, layer, verdict in _verdicts(model, flow, told) if verdict.insert}
-    result = copy.deepcopy(model)
+    result = copied(model)
     # a network that begins with a Linear takes any number of axes, so a made-up (N, C) tells nothing
     free = isinstance(flow.example, Tensor) and flow.example.dim() == 2
     exact = run is not None or not free

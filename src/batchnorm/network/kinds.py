@@ -257,7 +257,10 @@ def is_norm(module: nn.Module) -> bool:
         True for a norm.
     """
     name = type(module).__name__.rstrip("123456789dD")
-    return is_batch_norm(module) or isinstance(module, _OTHER_NORMS) or name.endswith("Norm")
+    if is_batch_norm(module) or isinstance(module, _OTHER_NORMS):
+        return True
+    # a module with children, such as a PreNorm, is a block and no norm
+    return name.endswith("Norm") and not module._modules
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -25,11 +25,14 @@ _MOST_WAYS = 32
 _CONSTANT = "<constant>"
 
 
-class CannotFollow(Exception):
-    """A forward can't be followed symbolically; the text says where and why."""
+class CannotFollow(BaseException):
+    """A forward can't be followed symbolically; the text says where and why.
+
+    No ``Exception``: the model's own ``except Exception`` must not swallow it.
+    """
 
 
-class _Raised(Exception):
+class _Raised(BaseException):
     """The model's own ``raise`` or ``assert`` ended this way through a branch."""
 
 
