@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The core under the address, undefined-behaviour and thread sanitizers, and under valgrind where it is installed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${BUILD_DIR:-build/sanitize}
+run() {  # name, flags, arguments of the check
+    cmake -S . -B "$out/$1" -DBATCHNORM_ONLY_CHECK=ON -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g $2" > /dev/null
+    cmake --build "$out/$1" --parallel "${JOBS:-2}"
+    "$out/$1/batchnorm_check" ${3:-}
+}
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+echo "== address and undefined behaviour"
+run address "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+echo "== thread"
+run thread "-fsanitize=thread" --brief
+if command -v valgrind > /dev/null; then
+    echo "== valgrind (it knows no AVX-512: it hides it, and the AVX2 and baseline kernels run)"
+    run plain ""
+    valgrind --quiet --error-exitcode=9 --leak-check=full "$out/plain/batchnorm_check" --brief
+fi
