@@ -80,10 +80,11 @@ def batch_norm(
     residual : Tensor, optional
         Added before the activation; shape and dtype of ``input``.
     mask : Tensor of bool, optional
-        Shape of ``input`` without the channel axis, or what broadcasts to it: ``(N, L)`` for
-        ``(N, C, L)``. Where it is False a value enters no statistic and no gradient, and may be NaN.
+        Shape of ``input`` without the channel axis, or what has as many axes and broadcasts to it: ``(N, L)``
+        for ``(N, C, L)``; the channel axis may be there with size 1. Where it is False a value enters no
+        statistic and no gradient, and may be NaN.
     masked_output : {"zero", "input"}, default "zero"
-        What comes out where ``mask`` is False.
+        What comes out where ``mask`` is False; under "input" its gradient goes back as it came.
     channel_dim : int, default 1
         The channel axis; -1 for ``(N, L, C)``.
     on_single_value : {"error", "running"}, default "error"

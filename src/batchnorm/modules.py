@@ -17,6 +17,18 @@ from batchnorm.functional import Options, infer, train
 from batchnorm.population import Tracking
 
 _HALF = (torch.float16, torch.bfloat16)
+# looked at when they are set, in the constructor and after; eps when it is used, as in torch
+_OPTIONS = frozenset(
+    {
+        "activation",
+        "channel_dim",
+        "momentum",
+        "on_nonfinite",
+        "on_single_value",
+        "running_var_correction",
+        "virtual_batch_size",
+    }
+)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -87,11 +99,6 @@ class Layer(nn.Module):
         virtual_batch_size: int | None = None,
         running_var_correction: int = 1,
     ) -> None:
-        # eps is looked at when it is used, as in torch
-        validation.check_arguments(
-            momentum, 1.0, activation, on_single_value, on_nonfinite, virtual_batch_size
-        )
-        validation.check_switches("zero", running_var_correction)
         if dtype in _HALF:
             dtype = torch.float32
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -350,6 +357,11 @@ class Layer(nn.Module):
                 why="the layer was made for data of another kind, and axis 1 would be read as the channel.",
                 mend="use the BatchNorm of that dimension; or batchnorm.functional.batch_norm, which takes any.",
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OPTIONS:
+            validation.check_attribute(name, value)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """Say what differs from torch's layer after what torch says.

@@ -6,6 +6,8 @@ only when something is wrong.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,17 @@ def check_arguments(
     check_activation(activation)
     _one_of("on_single_value", on_single_value, SINGLE_VALUE_POLICIES)
     _one_of("on_nonfinite", on_nonfinite, NONFINITE_POLICIES)
+    check_virtual_batch_size(virtual_batch_size)
+
+
+def check_virtual_batch_size(virtual_batch_size: int | None) -> None:
+    """Raise `ArgumentError` unless it is None or a positive whole number.
+
+    Parameters
+    ----------
+    virtual_batch_size : int or None
+        Samples that share their statistics.
+    """
     if virtual_batch_size is not None and (
         isinstance(virtual_batch_size, bool)
         or not isinstance(virtual_batch_size, int)
@@ -65,9 +78,9 @@ def check_momentum(momentum: float | None) -> None:
     momentum : float or None
         Weight of the new batch.
     """
-    if momentum is not None and not 0 <= momentum <= 1:
+    if momentum is not None and (isinstance(momentum, (str, bool)) or not 0 <= momentum <= 1):
         raise ArgumentError(
-            f"batch_norm: momentum must be between 0 and 1, and is {momentum}.",
+            f"batch_norm: momentum must be between 0 and 1, and is {momentum!r}.",
             why="it is the weight of the new batch in an average; outside, the average runs away.",
             mend="0.1 is usual; None is the plain average. Keras' 0.99 is written 0.01 here.",
         )
@@ -119,6 +132,36 @@ def check_switches(masked_output: str, running_var_correction: int) -> None:
             f"batch_norm: running_var_correction must be 1 or 0, and is {running_var_correction!r}.",
             why="running_var has divisor m - 1 (torch) or m (Keras, flax, ONNX), and no other is in use.",
             mend="1 to exchange statistics with torch, 0 with the others.",
+        )
+
+
+def check_attribute(name: str, value: Any) -> None:
+    """Raise `ArgumentError` unless an option of a layer may have this value.
+
+    Parameters
+    ----------
+    name : str
+        The attribute; any that is no option passes.
+    value : object
+        What it is to be.
+    """
+    if name == "activation":
+        check_activation(value)
+    elif name == "momentum":
+        check_momentum(value)
+    elif name == "on_single_value":
+        _one_of(name, value, SINGLE_VALUE_POLICIES)
+    elif name == "on_nonfinite":
+        _one_of(name, value, NONFINITE_POLICIES)
+    elif name == "virtual_batch_size":
+        check_virtual_batch_size(value)
+    elif name == "running_var_correction":
+        check_switches("zero", value)
+    elif name == "channel_dim" and (isinstance(value, bool) or not isinstance(value, int) or value == 0):
+        raise ArgumentError(
+            f"batch_norm: channel_dim={value!r} is no channel axis.",
+            why="axis 0 is the batch; the channel is one of the others.",
+            mend="1, or -1 for the last axis.",
         )
 
 
@@ -221,7 +264,7 @@ def spread_mask(mask: Tensor, z: Tensor, axis: int) -> Tensor:
     Parameters
     ----------
     mask : Tensor of bool
-        Broadcasts to the shape of ``z`` without the channel axis.
+        Broadcasts to the shape of ``z`` without the channel axis, or with it at size 1.
     z : Tensor
         The input.
     axis : int
@@ -250,13 +293,16 @@ def spread_mask(mask: Tensor, z: Tensor, axis: int) -> Tensor:
             mend=f"mask.to({str(z.device)!r}).",
         )
     wanted = [*z.shape[:axis], *z.shape[axis + 1 :]]
+    if mask.dim() == z.dim() and mask.shape[axis] == 1:
+        mask = mask.squeeze(axis)
     fits = mask.dim() == len(wanted) and all(a in (1, b) for a, b in zip(mask.shape, wanted, strict=True))
     if not fits:
         raise ShapeError(
             f"batch_norm: mask has shape {tuple(mask.shape)}, and input {tuple(z.shape)} without its channel axis "
             f"{tuple(wanted)}.",
             why="a position is masked for every channel at once.",
-            mend="drop the channel axis of the mask, or add axes of size 1 where it broadcasts.",
+            mend="drop the channel axis of the mask, or add axes of size 1 where it broadcasts: a mask of samples "
+            "is mask[:, None, None] for (N, C, H, W).",
         )
     spread = [*z.shape]
     spread[axis] = 1
