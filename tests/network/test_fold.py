@@ -20,7 +20,8 @@ from torch.nn.utils import prune
 import batchnorm
 from batchnorm.errors import ArgumentError, ShapeError, TraceError, VerificationError
 from batchnorm.network.affine import foldable_layer
-from batchnorm.network.fold import FoldedNorm, fold
+from batchnorm.network.fold import fold
+from batchnorm.network.folding import FoldedNorm
 from batchnorm.network.insert import insert
 from batchnorm.network.record import record
 

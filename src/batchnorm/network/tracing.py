@@ -11,7 +11,6 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import fx, nn
 
 from batchnorm.network.flow import Value, View, append_call, canonical, values_in
 from batchnorm.network.kinds import SHAPE_ONLY, has_hooks, is_leaf
+from batchnorm.network.untouched import put_back, snapshot, untouched
 
 _MOST_WAYS = 32
 _CONSTANT = "<constant>"
@@ -179,14 +179,14 @@ class _Tracer(fx.Tracer):
             return self._leave_opaque(m, path, args, kwargs, "it has hooks")
         if id(m) in self.opaque:
             return self.create_proxy("call_module", path, args, kwargs)
-        mark, outer, held = self._last(), self.ways, _snapshot_arguments(args, kwargs)
+        mark, outer, held = self._last(), self.ways, snapshot(args, kwargs)
         self.where.append(path)
         self.ways = ways = _Ways()
         good: list[list[bool]] = []
         try:
             while ways.next():
                 self._rewind(mark)
-                _restore_arguments(held)
+                put_back(held)
                 try:
                     result = _run(m.forward, args, kwargs)
                     good.append(list(ways.taken))
@@ -195,7 +195,7 @@ class _Tracer(fx.Tracer):
             if len(good) == 1:
                 if ways.taken != good[0]:
                     self._rewind(mark)
-                    _restore_arguments(held)
+                    put_back(held)
                     ways.waiting = [good[0]]
                     ways.next()
                     result = _run(m.forward, args, kwargs)
@@ -207,7 +207,7 @@ class _Tracer(fx.Tracer):
             self.ways = outer
             self.where.pop()
         self._rewind(mark)
-        _restore_arguments(held)
+        put_back(held)
         return self._leave_opaque(m, path, args, kwargs, reason)
 
     # -- going back -------------------------------------------------------------------------------------
@@ -256,101 +256,6 @@ def _is_own_raise(last: Any) -> bool:
     if "torch/fx" in code.co_filename.replace("\\", "/") or code.co_filename == __file__:
         return False
     return dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
-
-
-def _snapshot_arguments(args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
-    found: list[tuple[Any, Any]] = []
-
-    def look(tree: Any) -> None:
-        if type(tree) is list:
-            found.append((tree, list(tree)))
-            for item in tree:
-                look(item)
-        elif isinstance(tree, dict) and type(tree) is dict:
-            found.append((tree, dict(tree)))
-            for item in tree.values():
-                look(item)
-        elif type(tree) is tuple:
-            for item in tree:
-                look(item)
-
-    look(args)
-    look(kwargs)
-    return found
-
-
-def _restore_arguments(held: list[tuple[Any, Any]]) -> None:
-    for tree, copy in held:
-        if isinstance(tree, list):
-            tree[:] = copy
-        else:
-            tree.clear()
-            tree.update(copy)
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[dict[int, str]]:
-    """Put back every attribute that a forward sets on a module while it is being followed.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Everything in it is put back on leaving, exceptions or not.
-
-    Yields
-    ------
-    dict
-        Filled on leaving: ids of proxies' nodes that a module kept, with the attribute's name.
-    """
-    kept: dict[int, str] = {}
-    plain = ("_parameters", "_buffers", "_modules")
-    modules = list(model.modules())
-    saved = [(m, dict(m.__dict__), [dict(m.__dict__[name]) for name in plain]) for m in modules]
-    inside = [
-        (value, value.copy())
-        for _, attributes, _ in saved
-        for name, value in attributes.items()
-        if type(value) in (list, dict, set) and not name.startswith("_")
-    ]
-
-    def note(value: Any, name: str) -> None:
-        if issubclass(type(value), fx.Proxy):
-            kept[id(value.node)] = name
-        elif isinstance(value, (list, tuple, set)):
-            for item in value:
-                note(item, name)
-        elif isinstance(value, dict):
-            for item in value.values():
-                note(item, name)
-
-    try:
-        yield kept
-    finally:
-        for m, attributes, tables in saved:
-            for name, value in m.__dict__.items():
-                if attributes.get(name) is not value:
-                    note(value, name)
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-            for name, table in zip(plain, tables, strict=True):
-                current = m.__dict__[name]
-                if (
-                    list(current.items()) != list(table.items())
-                    if name == "_modules"
-                    else any(current.get(k) is not v for k, v in table.items()) or len(current) != len(table)
-                ):
-                    for value in current.values():
-                        note(value, name)
-                    current.clear()
-                    current.update(table)
-        for value, before in inside:
-            if len(value) != len(before) or any(issubclass(type(item), fx.Proxy) for item in value):
-                note(value, "a list or dictionary")
-            if isinstance(value, list):
-                value[:] = before
-            else:
-                value.clear()
-                value.update(before)
 
 
 def _argument_sets(module: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
