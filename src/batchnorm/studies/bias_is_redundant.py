@@ -25,8 +25,8 @@ from batchnorm.studies.contract import (
     Unit,
     make_answer,
 )
-from batchnorm.studies.figures import figure
-from batchnorm.studies.intervals import mean_interval, verdict
+from batchnorm.studies.figures import LINE_STYLES, figure, line
+from batchnorm.studies.intervals import mean_interval, ratio_interval, verdict
 from batchnorm.studies.records import select, values
 from batchnorm.studies.training import mini_batches
 
@@ -34,8 +34,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-# "The same to rounding": this many units of the last place of the number format.
-ROUNDING = {"float64": 1e6 * 2.0**-52, "float32": 1e6 * 2.0**-23}
+PRECISION = {"float64": 2.0**-52, "float32": 2.0**-23}
+# What is meant by "to rounding": the gradient of b within so many units in the last place of that of W,
+# and differences within ten times those that follow from one rounding of the initial weights.
+GRADIENT_UNITS = 1000
+CONTROL_FACTOR = 10.0
+WITH, WITHOUT, CONTROL = "with b", "without b", "without b, weights rounded once"
 
 
 @dataclass(frozen=True)
@@ -123,53 +127,67 @@ def _measure(setting: Setting, data: ImageData, advance: Advance) -> Result:
     dtype = DTYPES[setting["dtype"]]
     images, labels = data.train_images.to(dtype), data.train_labels
     networks = {
-        bias: network(images[0].numel(), setting["width"], len(data.classes), bias, setting["seed"], dtype)
-        for bias in (True, False)
+        arm: network(
+            images[0].numel(), setting["width"], len(data.classes), arm == WITH, setting["seed"], dtype
+        )
+        for arm in (WITH, WITHOUT, CONTROL)
     }
-    losses: dict[bool, list[float]] = {True: [], False: []}
-    times: dict[bool, list[float]] = {True: [], False: []}
+    _round_once(networks[CONTROL], setting["seed"])
+    losses: dict[str, list[float]] = {arm: [] for arm in networks}
+    times: dict[str, list[float]] = {arm: [] for arm in networks}
     gradient = 0.0
     source = mini_batches(len(labels), setting["batch"], [setting["seed"]])
     for step in range(setting["steps"]):
         index = next(source)[0]
         x, y = images[index], labels[index]
-        # Taking turns in changing order, so that neither has the warm caches every time.
-        for bias in (True, False) if step % 2 else (False, True):
+        # Taking turns in changing order, so that none has the warm caches every time.
+        for arm in list(networks)[:: 1 if step % 2 else -1]:
             start = time.perf_counter()
-            loss = F.cross_entropy(networks[bias](x), y)
+            loss = F.cross_entropy(networks[arm](x), y)
             loss.backward()
             with torch.no_grad():
-                for parameter in networks[bias].parameters():
+                for parameter in networks[arm].parameters():
                     if parameter.grad is not None:
                         parameter.sub_(parameter.grad, alpha=setting["rate"])
-            times[bias].append(time.perf_counter() - start)
-            losses[bias].append(float(loss.detach()))
-            if bias:
-                gradient = max(gradient, _bias_gradient(networks[bias]))
-            networks[bias].zero_grad(set_to_none=True)
+            times[arm].append(time.perf_counter() - start)
+            losses[arm].append(float(loss.detach()))
+            if arm == WITH:
+                gradient = max(gradient, _bias_gradient(networks[arm]))
+            networks[arm].zero_grad(set_to_none=True)
         if step % 10 == 0:
             advance(step / setting["steps"])
     for trained in networks.values():
         trained.eval()
     with torch.no_grad():
-        outputs = {bias: trained(data.test_images.to(dtype)) for bias, trained in networks.items()}
+        outputs = {arm: trained(data.test_images.to(dtype)) for arm, trained in networks.items()}
     every = max(1, setting["steps"] // 100)
-    differences = [abs(a - b) / abs(b) for a, b in zip(losses[True], losses[False], strict=True)]
-    return {
-        "loss": [float(f"{loss:.6g}") for loss in losses[False][::every]],
-        "difference": [float(f"{d:.3g}") for d in differences[::every]],
-        "max_difference": float(f"{max(differences):.4g}"),
-        "output_difference": float(
-            f"{(outputs[True] - outputs[False]).abs().max() / outputs[False].abs().max():.4g}"
-        ),
+    scale = float(outputs[WITHOUT].abs().max())
+    result: Result = {
+        "loss": [float(f"{loss:.6g}") for loss in losses[WITHOUT][::every]],
         "bias_gradient": float(f"{gradient:.4g}"),
         "every": every,
-        "parameters": {
-            str(bias).lower(): sum(p.numel() for p in trained.parameters())
-            for bias, trained in networks.items()
-        },
-        "milliseconds": {str(bias).lower(): round(1e3 * median(t), 4) for bias, t in times.items()},
+        "parameters": {arm: sum(p.numel() for p in networks[arm].parameters()) for arm in (WITH, WITHOUT)},
+        "milliseconds": {arm: round(1e3 * median(times[arm]), 4) for arm in (WITH, WITHOUT)},
     }
+    for arm, name in ((WITH, "bias"), (CONTROL, "control")):
+        differences = [abs(a - b) / abs(b) for a, b in zip(losses[arm], losses[WITHOUT], strict=True)]
+        result[name] = {
+            "path": [float(f"{d:.3g}") for d in differences[::every]],
+            "loss": float(f"{max(differences):.4g}"),
+            "output": float(f"{float((outputs[arm] - outputs[WITHOUT]).abs().max()) / scale:.4g}"),
+        }
+    return result
+
+
+def _round_once(changed: nn.Sequential, seed: int) -> None:
+    """Change every weight to a neighbouring number of its format, up or down."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for layer in changed:
+            if isinstance(layer, nn.Linear):
+                up = torch.rand(layer.weight.shape, generator=generator) < 0.5
+                far = torch.where(up, torch.inf, -torch.inf).to(layer.weight.dtype)
+                layer.weight.copy_(torch.nextafter(layer.weight, far))
 
 
 def _bias_gradient(trained: nn.Sequential) -> float:
@@ -185,43 +203,51 @@ def _bias_gradient(trained: nn.Sequential) -> float:
 
 
 def answer(records: list[Record]) -> Answer:
-    """Return how large the differences are, and what is saved."""
+    """Return how large the differences are, against one rounding of the weights, and what is saved."""
     findings = []
-    for dtype, rounding in ROUNDING.items():
+    for dtype, unit in PRECISION.items():
         for name, what in (
-            ("max_difference", "the loss at any step of training, with and without b"),
-            ("output_difference", "the outputs after training, with and without b"),
-            ("bias_gradient", "the gradient of b against that of W"),
+            ("loss", "losses at every step of training"),
+            ("output", "outputs after training"),
         ):
-            # The worst seed is what an identity has to answer for; the interval is of log10 over seeds.
-            logs = mean_interval(_log10(v) for v in values(records, name, dtype=dtype))
-            worst = max(values(records, name, dtype=dtype))
-            label = "is zero to rounding" if name == "bias_gradient" else "is the same to rounding"
+            bias, control = (
+                # a difference of exactly 0 has no logarithm
+                [max(v, unit) for v in values(records, lambda r, a=a, n=name: r[a][n], dtype=dtype)]
+                for a in ("bias", "control")
+            )
+            ratio = ratio_interval(bias, control)
             findings.append(
                 Finding(
                     "M7",
-                    f"{dtype}: {what} {label}",
-                    logs,
-                    verdict(logs, below=_log10(rounding)),
-                    f"largest relative value $10^{{{logs.estimate:.1f}}}$ on average over seeds, "
-                    f"{worst:.1e} at worst".replace("$10^{", "1e").replace("}$", ""),
+                    f"{dtype}: with and without b, the {what} are the same to rounding",
+                    ratio,
+                    verdict(ratio, below=CONTROL_FACTOR),
+                    f"they differ by {max(bias):.1e} at worst (relative), {ratio.text(2)} times as much as "
+                    f"after one rounding of the initial weights",
                 )
             )
+        gradients = mean_interval(v / unit for v in values(records, "bias_gradient", dtype=dtype))
+        findings.append(
+            Finding(
+                "M7",
+                f"{dtype}: the gradient of b is zero to rounding",
+                gradients,
+                verdict(gradients, below=GRADIENT_UNITS),
+                f"at most {gradients.text(1)} units in the last place of the gradient of W",
+            )
+        )
     chosen = select(records, dtype="float32")
-    share = [
-        100 * (1 - r["result"]["milliseconds"]["false"] / r["result"]["milliseconds"]["true"]) for r in chosen
-    ]
-    saved = mean_interval(share)
+    times = [record["result"]["milliseconds"] for record in chosen]
+    saved = mean_interval(100 * (1 - t[WITHOUT] / t[WITH]) for t in times)
     parameters = chosen[0]["result"]["parameters"]
-    dropped = parameters["true"] - parameters["false"]
     findings.append(
         Finding(
             "M7",
             "leaving b out saves time in training",
             saved,
             verdict(saved, above=0.0),
-            f"{saved.text(1, ' %', signed=True)} of a training step of this small network, and {dropped} of "
-            f"{parameters['true']} parameters",
+            f"{saved.text(1, ' %', signed=True)} of a training step of this small network, and "
+            f"{parameters[WITH] - parameters[WITHOUT]} of {parameters[WITH]} parameters",
         )
     )
     left = 0.9 ** chosen[0]["setting"]["steps"]
@@ -231,59 +257,41 @@ def answer(records: list[Record]) -> Answer:
     return make_answer(findings, [remark])
 
 
-def _log10(value: float) -> float:
-    """Return log10, of 1e-20 where the value is smaller: zero is the best there is."""
-    return float(torch.log10(torch.tensor(max(value, 1e-20), dtype=torch.float64)))
-
-
 def plot(records: list[Record]) -> Figure:
-    """Draw the losses on top of each other, and their relative difference."""
-    fig, axes = figure(1, 2, height=3.8)
+    """Draw the losses on top of each other, and their relative difference beside that of the control."""
+    fig, axes = figure(1, 2, height=4.2)
     left, right = axes[0]
-    for style, dtype in enumerate(DTYPES):
-        record = select(records, dtype=dtype)[0]
-        result, every = record["result"], record["result"]["every"]
-        steps = [every * index for index in range(len(result["loss"]))]
-        look = {"linestyle": ("-", "--")[style], "color": ("#000000", "#D55E00")[style]}
-        left.plot(steps, result["loss"], label=f"{dtype}, without b", linewidth=1.2, **look)
-        with_b = [a * (1 + d) for a, d in zip(result["loss"], result["difference"], strict=True)]
+    style = 0
+    for index, (dtype, unit) in enumerate(PRECISION.items()):
+        result = select(records, dtype=dtype)[0]["result"]
+        steps = [result["every"] * k for k in range(len(result["loss"]))]
+        look = {key: LINE_STYLES[index][key] for key in ("color", "linestyle")}
+        left.plot(steps, result["loss"], label=f"{dtype}, without b", **look)
+        with_b = [a * (1 + d) for a, d in zip(result["loss"], result["bias"]["path"], strict=True)]
         left.plot(
             steps,
             with_b,
             linestyle="none",
-            marker=("o", "x")[style],
-            markersize=(7, 5)[style],
+            marker=("o", "x")[index],
+            markersize=(7, 5)[index],
             markerfacecolor="none",
             markeredgecolor=look["color"],
-            markevery=(5 * style, 10),
+            markevery=(5 * index, 10),
             label=f"{dtype}, with b",
         )
-        floor = 2.0**-52 if dtype == "float64" else 2.0**-23
-        right.plot(
-            steps,
-            [max(d, floor / 16) for d in result["difference"]],
-            marker=("o", "x")[style],
-            markevery=10,
-            label=dtype,
-            **look,
-        )
-        right.axhline(
-            floor,
-            color=look["color"],
-            linestyle=":",
-            linewidth=1.2,
-            label=f"{dtype}, one unit in the last place",
-        )
+        for arm, name in (("bias", "with b"), ("control", "weights rounded once")):
+            path = [max(d, unit / 16) for d in result[arm]["path"]]
+            line(right, steps, [path], style, f"{dtype}, {name}", linewidth=1.0)
+            style += 1
     left.set(title="losses (seed 0)", xlabel="training steps", ylabel="training loss (nats)", yscale="log")
     right.set(
-        title="with against without b (seed 0; no difference is drawn at the bottom)",
+        title="difference to the loss without b (seed 0)",
         xlabel="training steps",
-        ylabel="relative difference of the losses",
+        ylabel="relative difference (none: at the bottom)",
         yscale="log",
     )
-    left.legend(loc="upper right")
-    right.legend(loc="center right", fontsize=8)
-    right.title.set_fontsize(9)
+    for panel in (left, right):
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
     return fig
 
 
@@ -303,4 +311,5 @@ STUDY = Study(
     measure=measure,
     plot=plot,
     answer=answer,
+    revision=2,
 )

@@ -44,7 +44,7 @@ class Config:
     batch: int = 60
     width: int = 32
     depths: tuple[int, ...] = (2, 4, 8, 15, 30, 60)
-    rates: tuple[float, ...] = (0.01, 0.1, 1.0)
+    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.1)
 
 
 def units(config: Config) -> list[Unit]:
@@ -259,7 +259,7 @@ STUDY = Study(
             steps=3000,
             width=64,
             depths=(2, 4, 8, 15, 22, 30, 42, 60),
-            rates=(0.001, 0.01, 0.1, 1.0),
+            rates=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
         ),
     },
     units=units,
