@@ -115,6 +115,8 @@ def line(
     axes.plot(positions, [interval.estimate for _, interval in points], label=label, **chosen)
     if points and points[0][1].seeds > 1:
         low, high = [interval.low for _, interval in points], [interval.high for _, interval in points]
+        if axes.get_yscale() == "log":  # set before, or never: a band below 0 has no place there
+            low = [max(value, 1e-30) for value in low]
         axes.fill_between(positions, low, high, color=chosen["color"], alpha=0.15, linewidth=0)
 
 

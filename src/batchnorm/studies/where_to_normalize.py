@@ -18,7 +18,7 @@ from batchnorm.studies.contract import (
     make_answer,
 )
 from batchnorm.studies.ensemble import MLPEnsemble
-from batchnorm.studies.figures import bars, figure, legend_below, line
+from batchnorm.studies.figures import figure, legend_below, line
 from batchnorm.studies.intervals import mean_interval, paired_difference, verdict
 from batchnorm.studies.records import select, values
 from batchnorm.studies.training import EnsembleOptimizer, accuracy, train
@@ -200,32 +200,43 @@ def answer(records: list[Record]) -> Answer:
 
 
 def plot(records: list[Record]) -> Figure:
-    """Draw accuracy over steps for every arm at its best rate, and the final accuracies."""
-    fig, axes = figure(1, 3, width=11, height=4.2, width_ratios=[1, 1, 1.1])
+    """Draw the test error over steps for every arm at its best rate, and the final errors."""
+    fig, axes = figure(1, 3, width=11, height=4.3)
     for panel, activation in zip(axes[0], ACTIVATIONS, strict=False):
         for style, arm in enumerate(ARMS):
             rate = best_rate(records, activation, arm)
             curves = _of(records, lambda r: r["accuracy"][1:], activation, arm, rate)
             every = select(records, activation=activation, arm=arm)[0]["setting"]["every"]
             steps = [every * (index + 1) for index in range(len(curves[0]))]
-            line(panel, steps, [[100 * a for a in curve] for curve in curves], style, arm)
-        panel.set(
-            title=f"3 x 100 {activation}", xlabel="training steps", ylabel="test accuracy (%)", ylim=(0, 101)
-        )
+            line(panel, steps, [[100 * (1 - a) for a in curve] for curve in curves], style, arm)
+        panel.set(title=f"3 x 100 {activation}", xlabel="training steps")
     panel = axes[0][2]
-    measured = {
-        activation: [
-            _of(records, final, activation, arm, best_rate(records, activation, arm)) for arm in ARMS
+    for style, activation in enumerate(ACTIVATIONS):
+        errors = [
+            mean_interval(
+                100 - a for a in _of(records, final, activation, arm, best_rate(records, activation, arm))
+            )
+            for arm in ARMS
         ]
-        for activation in ACTIVATIONS
-    }
-    bars(panel, [arm.replace(" ", "\n") for arm in ARMS], measured)
-    means = [mean_interval(seeds) for groups in measured.values() for seeds in groups]
-    lowest = min(interval.estimate for interval in means)
-    bottom = max(0.0, 5 * (lowest // 5) - 5)
-    panel.set(title="final accuracy", ylabel="test accuracy (%)", ylim=(bottom, 100 + 0.2 * (100 - bottom)))
-    panel.set_yticks([tick for tick in panel.get_yticks() if bottom <= tick <= 100])
-    panel.legend(loc="upper left", ncols=2)
+        panel.errorbar(
+            [position + 0.16 * (2 * style - 1) for position in range(len(ARMS))],
+            [error.estimate for error in errors],
+            yerr=[error.high - error.estimate if error.seeds > 1 else 0.0 for error in errors],
+            color=("#000000", "#0072B2")[style],
+            marker=("o", "s")[style],
+            markerfacecolor=("#000000", "white")[style],
+            linestyle="none",
+            capsize=3,
+            label=activation,
+        )
+    panel.set_xticks(range(len(ARMS)), [arm.replace(" ", "\n") for arm in ARMS])
+    panel.set_title("at the end (mean of the last 5 looks)")
+    panel.legend(loc="upper right")
+    ticks = [1, 2, 5, 10, 20, 50, 100]
+    for each in axes[0]:
+        each.set(yscale="log", ylabel="test error (%, log scale)", ylim=(0.9, 130))
+        each.set_yticks(ticks, [str(tick) for tick in ticks])
+        each.minorticks_off()
     legend_below(fig, axes[0][0], columns=5)
     return fig
 
