@@ -13,6 +13,7 @@ There are three ways into the same formulas, and `normalize_batch` / `normalize_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from batchnorm import operators
 from batchnorm.kernels import aten
-from batchnorm.kernels.contract import LEAKY_SLOPE, PIECEWISE_LINEAR, Engine
+from batchnorm.kernels.contract import LEAKY_SLOPE, PIECEWISE_LINEAR, Engine, Forward
 from batchnorm.kernels.select import select
 from batchnorm.layout import values_per_channel, vector_shape
 from batchnorm.population import Tracking
@@ -33,7 +34,7 @@ def observed(z: Tensor) -> bool:
     """Whether torch operations on ``z`` are transformed or watched, so that they must be visible."""
     return (
         type(z) not in (Tensor, torch.nn.Parameter)
-        or z.device.type == "meta"
+        or z.is_meta
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
@@ -45,6 +46,34 @@ def _record(tracking: Tracking | Sink, count: int | Tensor, mean: Tensor, var: T
         tell(tracking, [(count, mean, var)])
     else:
         tracking(count, mean, var)
+
+
+def _run(
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    axis: int,
+    eps: float,
+    activation: str | None,
+    tracking: Tracking | Sink | None,
+) -> tuple[Engine, Forward]:
+    """Let the engine normalize, and move or tell the statistics."""
+    engine = select(z)
+    if tracking is None or isinstance(tracking, Tracking):
+        return engine, engine.forward(z, axis, gamma, beta, eps, residual, activation, tracking)
+    result = engine.forward(z, axis, gamma, beta, eps, residual, activation, None)
+    tracking(values_per_channel(z.shape, axis), result.mean, result.var)
+    return engine, result
+
+
+def _recorded(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is asked for, so that a node goes into torch's graph."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class _Training(torch.autograd.Function):
@@ -60,16 +89,8 @@ class _Training(torch.autograd.Function):
         activation: str | None,
         tracking: Tracking | Sink | None,
     ) -> Tensor:
-        engine = select(z)
-        if tracking is None or isinstance(tracking, Tracking):
-            y, mean, _, inv_std, saved = engine.forward(
-                z, axis, gamma, beta, eps, residual, activation, tracking
-            )
-        else:
-            y, mean, var, inv_std, saved = engine.forward(
-                z, axis, gamma, beta, eps, residual, activation, None
-            )
-            tracking(values_per_channel(z.shape, axis), mean, var)
+        engine, result = _run(z, gamma, beta, residual, axis, eps, activation, tracking)
+        y, mean, _, inv_std, saved = result
         smooth = residual is not None and activation is not None and activation not in PIECEWISE_LINEAR
         ctx.save_for_backward(z, gamma, beta, mean, inv_std, saved, residual if smooth else None)
         ctx.engine, ctx.axis, ctx.eps, ctx.activation = engine, axis, eps, activation
@@ -112,6 +133,10 @@ class _Training(torch.autograd.Function):
             None,
             None,
         )
+
+
+# Function.apply without what it does for torch.func, which `observed` has sent elsewhere
+_node: Callable[..., Tensor] = super(torch.autograd.Function, _Training).apply
 
 
 class _Inference(torch.autograd.Function):
@@ -267,7 +292,9 @@ def normalize_batch(
         return y
     if observed(z):
         return _composite_batch(z, gamma, beta, residual, None, None, axis, eps, activation, tracking)
-    return _Training.apply(z, gamma, beta, residual, axis, eps, activation, tracking)
+    if _recorded(z, gamma, beta, residual):
+        return _node(z, gamma, beta, residual, axis, eps, activation, tracking)
+    return _run(z, gamma, beta, residual, axis, eps, activation, tracking)[1].y
 
 
 def normalize_masked(
@@ -391,12 +418,7 @@ def normalize_population(
         return _composite(wide, gamma, beta, residual, mean, inv_std, axis, activation).to(z.dtype)
     dtype = aten.vector_dtype(z)
     inv_std = (var.double() + eps).rsqrt().to(dtype)
-    if torch.is_grad_enabled() and (
-        z.requires_grad
-        or (gamma is not None and gamma.requires_grad)
-        or (beta is not None and beta.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
+    if _recorded(z, gamma, beta, residual):
         # a copy of the mean: the live buffer may move before the backward comes
         mean = mean.to(dtype, copy=True)
         if residual is None:

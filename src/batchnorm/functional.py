@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,11 +142,18 @@ def batch_norm(
     >>> mean  # moved a tenth of the way to the batch's mean
     tensor([0.2000, 2.0000])
     """
-    # inference has no use for momentum, and torch's callers pass what they like
-    used = momentum if training else None
-    validation.check_arguments(used, eps, activation, on_single_value, on_nonfinite, virtual_batch_size)
-    validation.check_switches(masked_output, running_var_correction)
-    options = Options(eps, activation, channel_dim, on_single_value, on_nonfinite, virtual_batch_size)
+    options = _options(
+        # inference has no use for momentum, and torch's callers pass what they like
+        momentum if training else None,
+        eps,
+        activation,
+        channel_dim,
+        on_single_value,
+        on_nonfinite,
+        virtual_batch_size,
+        masked_output,
+        running_var_correction,
+    )
     if input.dim() == 1 and input.numel() == 0:
         return input.clone()  # torch lets it pass
     if not training:
@@ -169,6 +177,35 @@ def batch_norm(
     else:
         validation.check_both_or_neither(running_mean, running_var)
     return train(input, weight, bias, residual, mask, masked_output, tracking, tracking, options)
+
+
+def _options(*arguments: Any) -> Options:
+    # remembered, for the same few settings come at every call, and to check them costs what a small batch does
+    if torch.compiler.is_compiling():
+        return _checked(*arguments)
+    try:
+        return _remembered(*arguments)
+    except TypeError:  # a value that cannot be hashed is a wrong one, and the check says why
+        return _checked(*arguments)
+
+
+def _checked(
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    channel_dim: int,
+    on_single_value: str,
+    on_nonfinite: str,
+    virtual_batch_size: int | None,
+    masked_output: str,
+    running_var_correction: int,
+) -> Options:
+    validation.check_arguments(momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size)
+    validation.check_switches(masked_output, running_var_correction)
+    return Options(eps, activation, channel_dim, on_single_value, on_nonfinite, virtual_batch_size)
+
+
+_remembered = lru_cache(maxsize=256, typed=True)(_checked)
 
 
 def infer(

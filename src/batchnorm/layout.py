@@ -89,7 +89,11 @@ def values_per_channel(shape: Sequence[int], axis: int) -> int:
     int
         The product of every other axis.
     """
-    return prod(shape[:axis]) * prod(shape[axis + 1 :])
+    m = 1
+    for a, length in enumerate(shape):
+        if a != axis:
+            m *= length
+    return m
 
 
 def vector_shape(ndim: int, axis: int) -> list[int]:

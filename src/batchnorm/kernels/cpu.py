@@ -90,9 +90,7 @@ def _make_plan(shape: torch.Size, stride: tuple[int, ...], axis: int, dtype: tor
     before = _collapsed(shape, stride, range(axis))
     after = _collapsed(shape, stride, range(axis + 1, dim))
     others = [a for a in range(dim) if a != axis]
-    rows = _collapsed(
-        tuple(shape[a] for a in others), tuple(stride[a] for a in others), range(dim - 1)
-    )
+    rows = _collapsed(tuple(shape[a] for a in others), tuple(stride[a] for a in others), range(dim - 1))
     code = _DTYPE_CODES[dtype]
     values = shape.numel()
     copy = False
@@ -120,7 +118,9 @@ def _make_plan(shape: torch.Size, stride: tuple[int, ...], axis: int, dtype: tor
     else:
         copy = True
         s = values // (shape[:axis].numel() * c)
-        head = (code, 0, shape[:axis].numel(), c, s, c * s, s) if s > 1 else (code, 1, values // c, c, 1, c, 1)
+        head = (
+            (code, 0, shape[:axis].numel(), c, s, c * s, s) if s > 1 else (code, 1, values // c, c, 1, c, 1)
+        )
     packed = _packed_stride(shape, order)
     if stride == packed or _is_packed(shape, stride, order):
         packed = stride if not copy else packed
@@ -188,7 +188,9 @@ class CpuEngine:
 
     name = "cpu"
 
-    def batch_statistics(self, z: Tensor, channel_dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def batch_statistics(
+        self, z: Tensor, channel_dim: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean, and sum of squared deviations of each channel."""
         if mask is not None:
             return aten.engine.batch_statistics(z, channel_dim, mask)
@@ -220,7 +222,11 @@ class CpuEngine:
         acc = plan.acc
         if plan.copy:
             z = z.contiguous()
-        y = out if out is not None and out.stride() == plan.stride and out.dtype is z.dtype else _empty(plan, z)
+        y = (
+            out
+            if out is not None and out.stride() == plan.stride and out.dtype is z.dtype
+            else _empty(plan, z)
+        )
         if residual is not None:
             residual = _packed(residual, plan, z.dtype)
         gamma, beta = _vector(gamma, acc), _vector(beta, acc)
@@ -249,7 +255,21 @@ class CpuEngine:
         sums = torch.empty((2, plan.head[3]), dtype=plan.acc)
         sum_dy, sum_dy_zhat = sums.unbind()
         self._backward(
-            plan, _REDUCTION, dy, z, mean, inv_std, gamma, beta, activation, saved, sum_dy, sum_dy_zhat, inf, None, None
+            plan,
+            _REDUCTION,
+            dy,
+            z,
+            mean,
+            inv_std,
+            gamma,
+            beta,
+            activation,
+            saved,
+            sum_dy,
+            sum_dy_zhat,
+            inf,
+            None,
+            None,
         )
         return sum_dy, sum_dy_zhat
 
@@ -302,7 +322,8 @@ class CpuEngine:
         if plan.copy:
             z = z.contiguous()
         y = _empty(plan, z)
-        mean, var, inv_std = torch.empty((3, plan.head[3]), dtype=acc).unbind()
+        c = plan.head[3]
+        mean, var, inv_std = torch.empty(c, dtype=acc), torch.empty(c, dtype=acc), torch.empty(c, dtype=acc)
         gamma, beta = _vector(gamma, acc), _vector(beta, acc)
         saved, mask, addend = None, 0, 0
         if residual is not None:
@@ -357,7 +378,8 @@ class CpuEngine:
         plan = _plan(z, channel_dim)
         dz = _empty(plan, z)
         dresidual = _empty(plan, z) if with_residual and activation is not None else None
-        sum_dy, sum_dy_zhat = torch.empty((2, plan.head[3]), dtype=plan.acc).unbind()
+        c, acc = plan.head[3], plan.acc
+        sum_dy, sum_dy_zhat = torch.empty(c, dtype=acc), torch.empty(c, dtype=acc)
         dy = self._backward(
             plan, _REDUCTION | _INPUT_GRADIENT, dy, z, mean, inv_std, gamma, beta, activation, saved,
             sum_dy, sum_dy_zhat, float(plan.values) if training else inf, dz, dresidual,
@@ -419,7 +441,9 @@ def _pool_limit(setting: str) -> int | None:
     if not setting:
         return None
     units = {"K": 10, "M": 20, "G": 30}
-    number, shift = (setting[:-1], units[setting[-1].upper()]) if setting[-1].upper() in units else (setting, 0)
+    number, shift = (
+        (setting[:-1], units[setting[-1].upper()]) if setting[-1].upper() in units else (setting, 0)
+    )
     if not number.isdecimal():
         raise ArgumentError(
             f"BATCHNORM_POOL={setting!r} is no number of bytes.",
