@@ -77,13 +77,20 @@ def bench(
         str, typer.Option(help="ours, engine, eager, compile, onednn, jax; with commas.")
     ] = "ours,eager,compile,onednn,jax",
     threads: Annotated[str, typer.Option(help="Thread budgets, with commas; each in its own process.")] = "",
-    rounds: Annotated[int, typer.Option(help="Readings of the clock for each contender.")] = 11,
-    seconds: Annotated[float, typer.Option(help="Start no round of a case after this long.")] = 20.0,
+    rounds: Annotated[
+        int | None, typer.Option(help="Readings of the clock for each contender: 11, or 7 with --bar.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Begin no round of a case after this long: 20, or 3 with --bar.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="5 rounds, against torch eager alone.")] = False,
     bar: Annotated[bool, typer.Option("--bar", help="The cases of the bar, and what was reached.")] = False,
     small: Annotated[bool, typer.Option("--small", help="The latency of small inputs as well.")] = False,
-    prepare: Annotated[bool, typer.Option("--prepare", help="Only fill the compilers' caches.")] = False,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only fill the cache of torch.compile.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Pass over what the CSV already has.")] = False,
+    stop_after: Annotated[
+        float, typer.Option(help="Begin no case after this many seconds; go on later with --resume.")
+    ] = float("inf"),
     report: Annotated[bool, typer.Option("--report", help="Time nothing; sum up the CSV.")] = False,
     out: Annotated[Path, typer.Option(help="CSV to which rows are added.")] = Path("batchnorm-bench.csv"),
 ) -> None:
@@ -106,6 +113,7 @@ def bench(
             small=small,
             prepare=prepare,
             resume=resume,
+            stop_after=stop_after,
         )
         session.run(order, budgets)
     if not prepare:

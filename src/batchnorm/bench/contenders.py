@@ -32,7 +32,7 @@ class Operands(NamedTuple):
     @property
     def channel_dim(self) -> int:
         """The axis of the channels."""
-        return -1 if self.z.dim() == 3 else 1
+        return 2 if self.z.dim() == 3 else 1
 
 
 class Unsupported(Exception):
@@ -65,7 +65,7 @@ def make_operands(case: Case, seed: int = 0) -> Operands:
         Values of z have a different mean and scale in every channel.
     """
     generator = torch.Generator().manual_seed(seed)
-    channel_dim = -1 if case.layout == "nlc" else 1
+    channel_dim = 2 if case.layout == "nlc" else 1
     channels = case.shape[channel_dim]
     across = [1] * len(case.shape)
     across[channel_dim] = channels
@@ -134,10 +134,10 @@ class TorchContender:
         return self.formula
 
     def formula(self, z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-        if self.channel_dim == -1:
+        if self.channel_dim == 2:
             z = z.transpose(1, 2)
         y = F.batch_norm(z, self.running_mean, self.running_var, weight, bias, self.training, MOMENTUM, EPS)
-        if self.channel_dim == -1:
+        if self.channel_dim == 2:
             y = y.transpose(1, 2)
         if residual is not None:
             y += residual

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,8 +103,5 @@ class Jax:
         return tuple(g for g in gradients if g is not None)
 
     def as_torch(self, value: Any) -> Tensor:
-        if value.dtype == jnp.bfloat16:
-            tensor = torch.from_numpy(np.asarray(value).view(np.int16).copy()).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(np.array(value))
+        tensor = torch.from_dlpack(value)
         return tensor.movedim(-1, 1) if self.last and tensor.dim() > 1 else tensor

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from batchnorm.bench.measure import Outcome, Sample
 from batchnorm.bench.shapes import Case, Shape
 
+SMALL = "small"
 SHAPES: tuple[Shape, ...] = ((64, 128), (32, 16, 8, 8))
 INNER = 100
 
@@ -26,7 +27,7 @@ def small_cases() -> list[Case]:
         ``"functional"`` and ``"module"`` for each shape, in training and inference.
     """
     return [
-        Case("small", shape, "rows" if len(shape) == 2 else "nchw", "float32", form, mode)
+        Case(SMALL, shape, "rows" if len(shape) == 2 else "nchw", "float32", form, mode)
         for shape in SHAPES
         for form in ("functional", "module")
         for mode in ("training", "inference")

@@ -103,13 +103,14 @@ def plan(
     forms: str = "plain,relu,add_relu",
     modes: str = "training,inference",
     contenders: str = "ours,eager,compile,onednn,jax",
-    rounds: int = 11,
-    seconds: float = 20.0,
+    rounds: int | None = None,
+    seconds: float | None = None,
     quick: bool = False,
     the_bar: bool = False,
     small: bool = False,
     prepare: bool = False,
     resume: bool = False,
+    stop_after: float = float("inf"),
 ) -> Order:
     """Make an order from names separated by commas.
 
@@ -120,9 +121,9 @@ def plan(
     sets, layouts, dtypes, forms, modes, contenders : str, optional
         Names, separated by commas.
     rounds : int, optional
-        Readings of the clock for each contender.
+        Readings of the clock for each contender; 11 if None, 7 for the bar.
     seconds : float, optional
-        Start no round of a case after this long, once there were 3.
+        Start no round of a case after this long, once there were 3; 20 if None, 3 for the bar.
     quick : bool, optional
         5 rounds and 3 seconds a case at most, against torch eager alone.
     the_bar : bool, optional
@@ -133,6 +134,8 @@ def plan(
         Fill the compilers' caches and time nothing.
     resume : bool, optional
         Pass over what ``path`` already has.
+    stop_after : float, optional
+        Seconds after which no case is begun.
 
     Returns
     -------
@@ -144,6 +147,8 @@ def plan(
     ArgumentError
         A name is not known, or fewer than 1 round.
     """
+    rounds = (7 if the_bar else 11) if rounds is None else rounds
+    seconds = (3.0 if the_bar else 20.0) if seconds is None else seconds
     if rounds < 1:
         raise ArgumentError(f"bench: {rounds} rounds.", mend="give 1 or more; 11 is the default.")
     names = split(contenders)
@@ -176,6 +181,7 @@ def plan(
         small=small,
         prepare=prepare,
         resume=resume,
+        stop_after=stop_after,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from batchnorm.bench.latency import small_cases, time_small
+from batchnorm.bench.latency import SMALL, small_cases, time_small
 from batchnorm.bench.measure import Outcome, time_case
 from batchnorm.bench.results import Row, append, latest, provenance, read, rows
 from batchnorm.bench.shapes import Case, Shape
@@ -20,8 +20,9 @@ from batchnorm.bench.shapes import Case, Shape
 class Order:
     """What a worker is to do.
 
-    ``prepare`` warms every contender up and times nothing, so that compilers' caches are filled.
-    ``resume`` passes over the cases that ``path`` already has at this thread budget.
+    ``prepare`` only runs what torch.compile makes of each case, so that its cache on disk is filled.
+    ``resume`` passes over the cases that ``path`` already has at this thread budget. No case is begun
+    after ``stop_after`` seconds.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Order:
     small: bool = False
     prepare: bool = False
     resume: bool = False
+    stop_after: float = float("inf")
 
     def to_json(self) -> str:
         """Write it down for another process."""
@@ -100,14 +102,14 @@ def serve(order: Order) -> None:
     torch.set_num_threads(order.threads)
     path = Path(order.path)
     source = provenance(order.threads)
-    done: set[tuple[str, ...]] = set()
+    finished: set[tuple[str, ...]] = set()
     if order.resume and path.exists():
-        done = {row.case_key for row in latest(read(path))}
+        finished = {row.case_key for row in latest(read(path))}
 
     def known(case: Case) -> bool:
         shape = "x".join(map(str, case.shape))
         key = (shape, case.layout, case.dtype, case.form, case.mode, str(order.threads))
-        return key in done
+        return key in finished
 
     def keep(outcome: Outcome) -> None:
         found: list[Row] = rows(outcome, source)
@@ -115,18 +117,22 @@ def serve(order: Order) -> None:
         print(summary(outcome), flush=True)
 
     todo = [case for case in order.cases if not known(case)]
+    if order.small and not order.prepare:
+        todo += [case for case in small_cases() if not known(case)]
     started = time.perf_counter()
+    done = 0
     for case in todo:
+        if time.perf_counter() - started > order.stop_after:
+            break
         if order.prepare:
-            time_case(case, order.contenders, rounds=0)
+            time_case(case, ["compile"], rounds=0)
             print(f"prepared {case.label}", flush=True)
+        elif case.set == SMALL:
+            keep(time_small(case))
         else:
             keep(time_case(case, order.contenders, rounds=order.rounds, seconds=order.seconds))
-    if order.small and not order.prepare:
-        for case in small_cases():
-            if not known(case):
-                keep(time_small(case))
-    print(f"{len(todo)} cases, {time.perf_counter() - started:.0f} s", flush=True)
+        done += 1
+    print(f"{done} of {len(todo)} cases, {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -230,5 +230,5 @@ def fold_and_compare(model: nn.Module, data: ImageData) -> Folded:
         after=count(small, sample),
         logits=model(data.test_images),
         folded=small(data.test_images),
-        record=record(small),
+        record=Record([row for row in record(small) if row.tool == "fold"]),
     )
