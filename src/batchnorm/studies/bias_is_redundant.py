@@ -216,8 +216,8 @@ def answer(records: list[Record]) -> Answer:
         ):
             bias, control = (
                 # a difference of exactly 0 has no logarithm
-                [max(v, unit) for v in values(records, lambda r, a=a, n=name: r[a][n], dtype=dtype)]
-                for a in ("bias", "control")
+                [max(record["result"][arm][name], unit) for record in select(records, dtype=dtype)]
+                for arm in ("bias", "control")
             )
             ratio = ratio_interval(bias, control)
             findings.append(

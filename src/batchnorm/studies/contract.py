@@ -20,12 +20,12 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+import batchnorm
 from batchnorm.data import ImageData
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.studies.intervals import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, Interval
@@ -280,12 +280,8 @@ class Study:
             keys = [self.key(setting, about) for setting in unit.settings]
             wanted += keys
             if any(key not in stored for key in keys):
-                before, start = done, time.perf_counter()
-                results = self.measure(
-                    unit.settings,
-                    data,
-                    lambda share, before=before, cost=unit.cost: report((before + cost * share) / total),
-                )
+                start = time.perf_counter()
+                results = self.measure(unit.settings, data, _part_of(report, done / total, unit.cost / total))
                 if len(results) != len(unit.settings):
                     raise BatchNormError(
                         f"study {self.name}: {len(results)} results for {len(unit.settings)} settings.",
@@ -336,6 +332,11 @@ class Study:
         return hashlib.blake2s(text.encode(), digest_size=8).hexdigest()
 
 
+def _part_of(report: Advance, before: float, share: float) -> Advance:
+    """Return what reports the progress of a part as progress of the whole."""
+    return lambda done: report(before + share * done)
+
+
 def versions() -> dict[str, str]:
     """Return the versions that a result may depend on.
 
@@ -350,11 +351,11 @@ def versions() -> dict[str, str]:
     >>> sorted(versions())
     ['batchnorm', 'python', 'torch']
     """
-    try:
-        own = metadata.version("batchnorm")
-    except metadata.PackageNotFoundError:
-        own = "source tree"
-    return {"batchnorm": own, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "batchnorm": batchnorm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def fingerprint(data: ImageData) -> str:

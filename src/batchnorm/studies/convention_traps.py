@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from batchnorm.studies.contract import (
     make_answer,
 )
 from batchnorm.studies.ensemble import MLPEnsemble
-from batchnorm.studies.figures import BAR_STYLES, figure
+from batchnorm.studies.figures import figure, legend_below
 from batchnorm.studies.intervals import mean_interval, paired_difference, verdict
 from batchnorm.studies.records import values
 from batchnorm.studies.sequences import SequenceEnsemble
@@ -63,7 +63,7 @@ PADDING = (0, 48)  # positions behind every sequence, drawn anew for each mini-b
 class Config:
     """Sizes of the study; ``small`` is the mini-batch of the traps that need a small one."""
 
-    seeds: int = 8
+    seeds: int = 12
     steps: int = 800
     batch: int = 60
     small: int = 4
@@ -101,7 +101,7 @@ def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Resu
     return [{name: round(float(each[run]), 4) for name, each in found.items()} for run in range(len(unit))]
 
 
-def _mlp(unit: list[Setting], data: ImageData, **norm: object) -> MLPEnsemble:
+def _mlp(unit: list[Setting], data: ImageData, **norm: Any) -> MLPEnsemble:
     return MLPEnsemble(
         (data.train_images[0].numel(), 64, 64, len(data.classes)),
         [setting["seed"] for setting in unit],
@@ -116,11 +116,10 @@ def _training(unit: list[Setting], data: ImageData, advance: Advance) -> dict[st
     """Train with a momentum, or a divisor of the variance, that is right or that is not."""
     first = unit[0]
     wrong = first["way"] == WRONG
-    options = {
-        "momentum": {"momentum": 0.9 if wrong else 0.1},
-        "variance": {"running_var_correction": 0 if wrong else 1},
-    }[first["trap"]]
-    networks = _mlp(unit, data, **options)
+    if first["trap"] == "momentum":
+        networks = _mlp(unit, data, momentum=0.9 if wrong else 0.1)
+    else:
+        networks = _mlp(unit, data, running_var_correction=0 if wrong else 1)
     optimizer = EnsembleOptimizer(networks, [setting["rate"] for setting in unit])
     train(networks, optimizer, data, steps=first["steps"], batch=first["batch"], advance=advance)
     networks.eval()
@@ -236,24 +235,30 @@ def _of(records: list[Record], trap: str, way: str, name: str = "accuracy") -> l
 
 
 def plot(records: list[Record]) -> Figure:
-    """Draw the accuracy the right way and in the trap, one panel a trap, every seed as a point."""
-    fig, axes = figure(1, len(TRAPS), width=10.5, height=3.8)
+    """Draw the accuracy the right way and in the trap: a line for each seed, and the means with intervals."""
+    fig, axes = figure(1, len(TRAPS), width=10.5, height=3.9)
     for panel, (trap, (_, right, wrong)) in zip(axes[0], TRAPS.items(), strict=True):
-        lowest = 100.0
-        for position, way in enumerate((RIGHT, WRONG)):
-            seeds = _of(records, trap, way)
-            interval = mean_interval(seeds)
-            half = interval.high - interval.estimate if interval.seeds > 1 else 0.0
-            look = BAR_STYLES[position]
-            panel.bar(position, interval.estimate, 0.62, yerr=half, capsize=4, label=way, **look)
-            spread = [position + 0.2 + 0.04 * (k % 3 - 1) for k in range(len(seeds))]
-            panel.plot(spread, seeds, "o", markersize=3.5, markerfacecolor="white", markeredgecolor="black")
-            lowest = min(lowest, *seeds, interval.estimate - half)
+        pairs = [_of(records, trap, way) for way in (RIGHT, WRONG)]
+        for number, (first, second) in enumerate(zip(*pairs, strict=True)):
+            label = "one seed" if number == 0 else None
+            panel.plot((0, 1), (first, second), "-", color="#9a9a9a", linewidth=0.9, label=label)
+        intervals = [mean_interval(seeds) for seeds in pairs]
+        panel.errorbar(
+            (0, 1),
+            [interval.estimate for interval in intervals],
+            yerr=[i.high - i.estimate if i.seeds > 1 else 0.0 for i in intervals],
+            color="#000000",
+            marker="o",
+            linewidth=2,
+            capsize=4,
+            label="mean of seeds, 95 % interval",
+        )
+        panel.set_xlim(-0.35, 1.35)
         panel.set_xticks((0, 1), (right, wrong))
-        panel.set_ylim(max(0.0, lowest - 0.25 * (100 - lowest)), 100)
         panel.set_title(trap)
         panel.grid(False, axis="x")
-    axes[0][0].set_ylabel("test accuracy (%); circles: seeds\n(axes do not begin at 0)")
+    axes[0][0].set_ylabel("test accuracy (%)")
+    legend_below(fig, axes[0][0])
     return fig
 
 

@@ -9,7 +9,7 @@ from batchnorm.errors import BatchNormError
 
 __all__ = ["require"]
 
-PACKAGES = {"matplotlib": "matplotlib", "jinja2": "Jinja2", "sklearn": "scikit-learn"}
+PACKAGES = {"matplotlib": "matplotlib", "jinja2": "Jinja2", "sklearn": "scikit-learn", "PIL": "Pillow"}
 
 
 def require(module: str) -> ModuleType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.data import ImageData
 from batchnorm.studies.contract import (
@@ -213,10 +213,11 @@ def plot(records: list[Record]) -> Figure:
                 curves = values(
                     records, lambda r: r["accuracy"][1:], model=model, normalized=normalized, factor=factor
                 )
-                steps = [every * (index + 1) for index in range(len(curves[0]))]
-                shown = [[100 * a for a in curve] for curve in curves]
+                places = _spread(len(curves[0]), 80)
+                steps = [every * (index + 1) for index in places]
+                shown = [[100 * curve[index] for index in places] for curve in curves]
                 kind = "batch norm" if normalized else "plain"
-                line(panel, steps, shown, style, f"{kind}, {factor}x", markevery=_marks(len(steps)))
+                line(panel, steps, shown, style, f"{kind}, {factor}x", markevery=_marks(places, 10))
                 style += 1
         base = chosen[0]["setting"]
         panel.set(
@@ -230,10 +231,15 @@ def plot(records: list[Record]) -> Figure:
     return fig
 
 
-def _marks(count: int) -> list[int]:
-    """Return positions that are evenly spread on a logarithmic axis."""
-    marks: list[Any] = sorted({min(count - 1, round(count ** (k / 9)) - 1) for k in range(10)})
-    return [int(mark) for mark in marks]
+def _spread(count: int, wanted: int) -> list[int]:
+    """Return positions below ``count`` that are evenly spread on a logarithmic axis, the last one included."""
+    return sorted({min(count, max(1, round(count ** (k / (wanted - 1))))) - 1 for k in range(wanted)})
+
+
+def _marks(places: list[int], wanted: int) -> list[int]:
+    """Return which of some positions to mark, evenly spread on a logarithmic axis."""
+    targets = _spread(places[-1] + 1, wanted)
+    return sorted({min(range(len(places)), key=lambda k: abs(places[k] - target)) for target in targets})
 
 
 STUDY = Study(

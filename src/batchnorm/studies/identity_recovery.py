@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.data import ImageData
 from batchnorm.modules import BatchNorm1d
@@ -120,9 +120,8 @@ def undoing(z: Tensor) -> BatchNorm1d:
     True
     """
     norm = BatchNorm1d(z.shape[1], dtype=z.dtype)
-    with torch.no_grad():
-        norm.weight.copy_((z.var(dim=0, correction=0) + norm.eps).sqrt())
-        norm.bias.copy_(z.mean(dim=0))
+    norm.weight = nn.Parameter((z.var(dim=0, correction=0) + norm.eps).sqrt())
+    norm.bias = nn.Parameter(z.mean(dim=0))
     return norm
 
 
@@ -171,7 +170,8 @@ def descend(z: Tensor, steps: int, rate: float) -> list[float]:
             square.sum().backward()
             with torch.no_grad():
                 for parameter in norm.parameters():
-                    parameter -= rate * parameter.grad
+                    if parameter.grad is not None:
+                        parameter.sub_(parameter.grad, alpha=rate)
     return path
 
 
@@ -201,7 +201,7 @@ def answer(records: list[Record]) -> Answer:
     """Return the error of the exact setting, and how close gradient descent comes to it."""
     findings = []
     for dtype, rounding in ROUNDING.items():
-        errors = mean_interval(values(records, lambda r, dtype=dtype: r["exact"][dtype]))
+        errors = mean_interval(record["result"]["exact"][dtype] for record in records)
         findings.append(
             Finding(
                 "M5",

@@ -24,7 +24,7 @@ from batchnorm.studies.ensemble import MLPEnsemble
 from batchnorm.studies.figures import figure, legend_below, line
 from batchnorm.studies.intervals import ratio_interval, verdict
 from batchnorm.studies.records import select, values
-from batchnorm.studies.training import EnsembleOptimizer, train
+from batchnorm.studies.training import EnsembleOptimizer, batch_statistics, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,14 +77,9 @@ def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Resu
 
     @torch.no_grad()
     def observe(step: int) -> None:
-        tracked = [(norm, norm.momentum) for norm in networks.norms.values()]
-        for norm, _ in tracked:
-            norm.momentum = 0.0
         kept: list[Tensor] = []
-        networks.train()
-        networks(images, keep=kept)
-        for norm, momentum in tracked:
-            norm.momentum = momentum
+        with batch_statistics(networks):
+            networks(images, keep=kept)
         looks.append(torch.quantile(kept[-1], quantiles, dim=1))  # (3, R, C)
 
     train(

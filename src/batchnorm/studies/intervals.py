@@ -201,12 +201,14 @@ def verdict(interval: Interval, *, above: float | None = None, below: float | No
     >>> verdict(mean_interval([1.0, -1.1, 0.9]), above=0)
     'undecided'
     """
-    if (above is None) == (below is None):
-        raise ValueError("a claim says above or below, not both and not neither")
+    if above is not None and below is not None:
+        raise ValueError("a claim says above or below, not both")
     if above is not None:
         agrees, disagrees = interval.low > above, interval.high <= above
-    else:
+    elif below is not None:
         agrees, disagrees = interval.high < below, interval.low >= below
+    else:
+        raise ValueError("a claim says above or below, not neither")
     return BORNE_OUT if agrees else NOT_BORNE_OUT if disagrees else UNDECIDED
 
 

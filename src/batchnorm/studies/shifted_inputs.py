@@ -24,7 +24,7 @@ from batchnorm.studies.contract import (
     make_answer,
 )
 from batchnorm.studies.ensemble import ConvEnsemble
-from batchnorm.studies.figures import bars, figure, legend_below, line
+from batchnorm.studies.figures import LINE_STYLES, figure, legend_below, line
 from batchnorm.studies.intervals import Interval, mean_interval, paired_difference, verdict
 from batchnorm.studies.records import values
 from batchnorm.studies.training import EnsembleOptimizer, accuracy, train
@@ -290,7 +290,7 @@ def answer(records: list[Record]) -> Answer:
                 less,
                 verdict(less, above=0.0),
                 f"mean error {mean_interval(error).text(1, ' %')} at its best prior, {prior:g}, against "
-                f"{mean_interval(plain).text(1, ' %')} without, {less.text(1, ' points', signed=True)} less",
+                f"{mean_interval(plain).text(1, ' %')} without, {less.text(1, ' points')} less",
             )
         )
     for shift in SHIFTS:
@@ -316,7 +316,7 @@ def _by_shift(records: list[Record], shift: str, size: int) -> Finding:
         less,
         verdict(less, above=0.0),
         f"{size} samples, prior {prior:g}: mean error {mean_interval(after).estimate:.1f} % against "
-        f"{mean_interval(before).estimate:.1f} %, {less.text(1, ' points', signed=True)} less",
+        f"{mean_interval(before).estimate:.1f} %, {less.text(1, ' points')} less",
     )
 
 
@@ -345,23 +345,22 @@ def plot(records: list[Record]) -> Figure:
         panel.set_xticks(SEVERITIES)
     panel = axes[1][1]
     sizes, priors = setting["batches"], setting["priors"]
-    measured = {
-        f"prior {prior:g}": [
-            mean_error(records, f"{size} {prior:g}") if (size, prior) in choices(records) else [float("nan")]
-            for size in sizes
-        ]
-        for prior in priors
-    }
-    bars(panel, [str(size) for size in sizes], measured)
+    for style, prior in enumerate(priors[: len(LINE_STYLES)]):
+        shown = [size for size in sizes if (size, prior) in choices(records)]
+        by_size = [mean_error(records, f"{size} {prior:g}") for size in shown]
+        line(panel, shown, list(zip(*by_size, strict=True)), style, f"prior {prior:g}")
     without = mean_interval(mean_error(records, NO_ADAPTATION)).estimate
-    panel.axhline(without, color="#000000", linewidth=1.2, linestyle="--")
+    panel.axhline(without, color="#909090", linewidth=1.2, linestyle=":")
     panel.set(
-        title="mean over shifts and severities (dashed: no adaptation)",
-        xlabel="test samples that are adapted to",
+        title="mean of all fifteen (dotted: no adaptation)",
+        xscale="log",
+        xlabel="test samples that are adapted to (log scale)",
         ylabel="mean test error (%)",
         ylim=(0, 1.45 * without),
     )
-    panel.legend(loc="upper center", ncols=4, fontsize=8, columnspacing=1, handlelength=1.5)
+    panel.set_xticks(sizes, [str(size) for size in sizes])
+    panel.minorticks_off()
+    panel.legend(loc="upper center", ncols=min(4, len(priors)), fontsize=8, columnspacing=1)
     legend_below(fig, axes[0][0])
     return fig
 

@@ -23,8 +23,8 @@ from batchnorm.studies.contract import (
 from batchnorm.studies.ensemble import MLPEnsemble
 from batchnorm.studies.figures import bars, figure, legend_below, line
 from batchnorm.studies.intervals import mean_interval, paired_difference, verdict
-from batchnorm.studies.records import values
-from batchnorm.studies.training import EnsembleOptimizer, accuracy, train
+from batchnorm.studies.records import select, values
+from batchnorm.studies.training import EnsembleOptimizer, accuracy, batch_statistics, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,24 +149,15 @@ def mini_batch_accuracies(networks: MLPEnsemble, data: ImageData) -> dict[str, l
     dict of str to list of float
         From "batch N" to one accuracy a network.
     """
-    kept = {name: norm.momentum for name, norm in networks.norms.items()}
-    for norm in networks.norms.values():
-        norm.momentum = 0.0
-    networks.train()
     images, labels = data.test_images, data.test_labels
-    twice, twice_labels = images.repeat_interleave(2, dim=0), labels.repeat_interleave(2)
-    found = {
-        f"batch {size}": (
-            accuracy(networks, twice[:400], twice_labels[:400], chunk=2)
-            if size == 1
-            else accuracy(networks, images, labels, chunk=size)
-        ).tolist()
-        for size in TEST_BATCHES
-        if size <= len(images)
-    }
-    for name, norm in networks.norms.items():
-        norm.momentum = kept[name]
-    networks.eval()
+    twice, twice_labels = images.repeat_interleave(2, dim=0)[:400], labels.repeat_interleave(2)[:400]
+    found = {}
+    with batch_statistics(networks):
+        for size in TEST_BATCHES:
+            if size == 1:
+                found["batch 1"] = accuracy(networks, twice, twice_labels, chunk=2).tolist()
+            elif size <= len(images):
+                found[f"batch {size}"] = accuracy(networks, images, labels, chunk=size).tolist()
     return found
 
 
@@ -280,13 +271,10 @@ def plot(records: list[Record]) -> Figure:
     for style, phase in enumerate(PHASES):
         steps = records[0]["setting"][phase]
         for panel, word, places in ((left, "batch", sizes), (right, "samples", _samples(records))):
-            runs = values(
-                records,
-                lambda r, phase=phase, word=word, places=places: [
-                    100 * r[phase][f"{word} {n}"] for n in places
-                ],
-                estimator=POOLED,
-            )
+            runs = [
+                [100 * record["result"][phase][f"{word} {n}"] for n in places]
+                for record in select(records, estimator=POOLED)
+            ]
             line(panel, places, runs, style, f"{phase}: after {steps} steps")
     left.set(title="statistics of the test mini-batch", xlabel="test mini-batch size (log scale)")
     right.set(title="pooled over training samples", xlabel="calibration samples (log scale)")
@@ -297,7 +285,7 @@ def plot(records: list[Record]) -> Figure:
     estimators = [*MOMENTA, POOLED]
     measured = {
         phase: [
-            [100 * a for a in values(records, lambda r, phase=phase: r[phase]["population"], estimator=e)]
+            [100 * record["result"][phase]["population"] for record in select(records, estimator=e)]
             for e in estimators
         ]
         for phase in PHASES

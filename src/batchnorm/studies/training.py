@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.data import ImageData
 from batchnorm.errors import DataError
 from batchnorm.studies.ensemble import Ensemble
 
-__all__ = ["EnsembleOptimizer", "accuracy", "mean_loss", "mini_batches", "train"]
+__all__ = ["EnsembleOptimizer", "accuracy", "batch_statistics", "mean_loss", "mini_batches", "train"]
 
 # Activations of one layer that an evaluation may hold at once, in values (4 bytes each).
 EVALUATION_VALUES = 2_000_000
@@ -158,6 +160,37 @@ def train(
         optimizer.step()
         if advance is not None and step % 10 == 0:
             advance(step / steps)
+
+
+@contextmanager
+def batch_statistics(networks: Ensemble) -> Iterator[None]:
+    """Normalize by the mini-batch, as in training, while the moving averages stay where they are.
+
+    Parameters
+    ----------
+    networks : Ensemble
+        In training mode within the ``with`` statement, and afterwards in the mode they were in.
+
+    Yields
+    ------
+    None
+        Nothing.
+    """
+    norms = [module for module in networks.modules() if isinstance(module, _BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    training = networks.training
+    networks.train()
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = (
+                None if norm.num_batches_tracked is None else torch.zeros_like(norm.num_batches_tracked)
+            )
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
+        networks.train(training)
 
 
 @torch.no_grad()
