@@ -37,7 +37,31 @@ _PLAIN = (
     torch.device,
     torch.memory_format,
 )
+_MOST_BRANCHES = 6
 _FIXED = (FunctionType, BuiltinFunctionType, type)
+
+
+class OtherWay(Exception):
+    """A value is not what it was when the forward was followed; nothing has happened yet."""
+
+
+def agree(value: Any, expected: bool) -> None:
+    """Leave a rewritten forward at a branch that it does not take.
+
+    Parameters
+    ----------
+    value : object
+        What the written forward branches on.
+    expected : bool
+        The branch that was followed.
+
+    Raises
+    ------
+    OtherWay
+        The other branch is to be taken.
+    """
+    if bool(value) is not expected:
+        raise OtherWay
 
 
 class Refused(Exception):
@@ -117,7 +141,7 @@ class _Reads:
             return
         own = object.__getattribute__(module, "__dict__")
         if name in own:
-            if (path, name) not in self.found:
+            if (path, name) not in self.found and not _holds_settings(own[name]):
                 self.found[path, name] = _frozen(own[name], name)
             return
         for table in ("_parameters", "_buffers", "_modules"):
@@ -136,13 +160,47 @@ def _frozen(value: Any, name: str) -> Any:
     raise Refused(f"its forward reads {name!r}, a {type(value).__name__} that may change")
 
 
+class _Settings:
+    """Stands for an object that holds settings, such as a config, and notes what is read from it."""
+
+    def __init__(self, held: Any, path: str, name: str, reads: _Reads) -> None:
+        self.__dict__.update(_held=held, _path=path, _name=name, _reads=reads)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._held)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._held, name)
+        inner = f"{self._name}.{name}"
+        if _holds_settings(value):
+            return _Settings(value, self._path, inner, self._reads)
+        if (self._path, inner) not in self._reads.found:
+            self._reads.found[self._path, inner] = _frozen(value, inner)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise Refused(f"its forward sets {self._name}.{name}")
+
+
+def _holds_settings(value: Any) -> bool:
+    kind = type(value)
+    return (
+        hasattr(value, "__dict__")
+        and not issubclass(kind, (fx.Proxy, nn.Module, Tensor, dict, list, tuple, *_FIXED, *_PLAIN))
+        and not callable(value)
+        and kind.__module__ != "builtins"
+    )
+
+
 class _Tracer(fx.Tracer):
     """Children are steps; tensors that are no parameter or buffer are refused."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
-        super().__init__(autowrap_modules=())
+    def __init__(self, decisions: list[bool], steps: tuple[FunctionType, ...]) -> None:
+        super().__init__(autowrap_modules=(), autowrap_functions=steps)
+        self.decisions, self.decided = decisions, 0
         self.required: list[str] = []
         self.defaults: dict[str, Any] = {}
         self.tensors: set[str] = set()
@@ -152,6 +210,27 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        # only while going back to the start is free: no module was called, no tensor changed
+        for node in self.graph.nodes:
+            own = isinstance(node.target, FunctionType) and not node.target.__module__.startswith(
+                ("torch", __name__)
+            )
+            if (
+                own
+                or node.op == "call_module"
+                or (node.op == "call_method" and str(node.target).endswith("_"))
+            ):
+                raise Refused("its forward branches on a value that it computes")
+        if self.decided == len(self.decisions):
+            if self.decided >= _MOST_BRANCHES:
+                raise Refused("its forward branches on values too often")
+            self.decisions.append(False)
+        choice = self.decisions[self.decided]
+        self.decided += 1
+        self.create_node("call_function", agree, (obj.node, choice), {})
+        return choice
 
     def asked(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -201,15 +280,12 @@ class _Tracer(fx.Tracer):
             return {key: self.create_arg(value) for key, value in a.items()}
         if kind is slice:
             return slice(self.create_arg(a.start), self.create_arg(a.stop), self.create_arg(a.step))
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self.path_of_module(a), (), {})
         if isinstance(a, Tensor):
-            for owner, tensors in (
-                ("parameter", self.root.named_parameters()),
-                ("buffer", self.root.named_buffers()),
-            ):
-                for name, tensor in tensors:
-                    if tensor is a:
-                        return self.create_node("get_attr", name, (), {})
-                del owner
+            for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):
+                if tensor is a:
+                    return self.create_node("get_attr", name, (), {})
             raise Refused("its forward uses a tensor that is no parameter or buffer of it")
         if isinstance(a, _PLAIN) or a is Ellipsis:
             return a
@@ -241,25 +317,46 @@ def follow_body(module: nn.Module) -> Body:
     changing = sorted(_CHANGING & set(code.co_names))
     if changing:
         raise Refused(f"its forward asks for {changing[0]}()")
-    reads = _Reads({id(m): path for path, m in module.named_modules()})
-    tracer = _Tracer()
-    try:
-        with _watched(reads), _same_random_numbers():
-            graph = tracer.trace(module)
-    except Refused:
-        raise
-    except Exception as error:
-        first = str(error).strip().splitlines()
-        raise Refused(
-            f"its forward cannot be followed: {type(error).__name__}: {first[0][:100] if first else ''}"
-        ) from error
+    paths = {id(m): path for path, m in module.named_modules()}
+    decisions: list[bool] = []
+    steps: tuple[FunctionType, ...] = ()
+    while True:
+        reads, tracer = _Reads(paths), _Tracer(decisions, steps)
+        try:
+            with _watched(reads), _same_random_numbers():
+                graph = tracer.trace(module)
+            break
+        except Refused:
+            raise
+        except Exception as error:
+            # the way that ends in the forward's own error is not the one to follow
+            while decisions and decisions[-1]:
+                decisions.pop()
+            if not decisions and not steps:
+                # functions beside the class become steps themselves: they run again as they are
+                steps = _functions_called(forward)
+                if steps:
+                    continue
+            if not decisions:
+                first = str(error).strip().splitlines()
+                raise Refused(
+                    f"its forward cannot be followed: {type(error).__name__}: {first[0][:100] if first else ''}"
+                ) from error
+            decisions[-1] = True
     modules = dict(module.named_modules())
     for (path, name), value in reads.found.items():
-        if value is not None and _frozen(modules[path].__dict__[name], name) != value:
+        if value is not None and _frozen(operator.attrgetter(name)(modules[path]), name) != value:
             raise Refused(f"its forward changes {name!r}")
     guards = [(path, name, value) for (path, name), value in reads.found.items()]
     guards += [(path, "_modules", tuple(m._modules)) for path, m in _opened(module)]
     return Body(graph, tuple(tracer.required), tracer.defaults, frozenset(tracer.tensors), tuple(guards))
+
+
+def _functions_called(forward: Any) -> tuple[FunctionType, ...]:
+    """Functions of Python, other than torch's, that a forward names."""
+    forward = inspect.unwrap(forward)
+    found = (forward.__globals__.get(name) for name in forward.__code__.co_names)
+    return tuple(f for f in found if isinstance(f, FunctionType) and not f.__module__.startswith("torch"))
 
 
 def _opened(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -284,7 +381,11 @@ def _watched(reads: _Reads) -> Iterator[None]:
 
     def reading(module: nn.Module, name: str) -> Any:
         reads.note(module, name)
-        return object.__getattribute__(module, name)
+        value = object.__getattribute__(module, name)
+        path = reads.paths.get(id(module))
+        if path is not None and name[:1] != "_" and _holds_settings(value):
+            return _Settings(value, path, name, reads)
+        return value
 
     def setting(module: nn.Module, name: str, value: Any) -> None:
         if id(module) in reads.paths:

@@ -22,6 +22,7 @@ from torch.nn.modules import module as torch_module
 
 from batchnorm.errors import BatchNormError
 from batchnorm.modules import Layer, _path_from_stack
+from batchnorm.network.body import OtherWay
 from batchnorm.network.kinds import activation_name, has_hooks
 
 PLANS = "_batchnorm_plans"
@@ -106,7 +107,10 @@ def until(module: nn.Module, *args: Any) -> Any:
     chosen = choose(module, args, {})
     if chosen is None or chosen[0].head is None:
         return module(*args)
-    return chosen[0].head(module, *chosen[1])
+    try:
+        return chosen[0].head(module, *chosen[1])
+    except OtherWay:
+        return module(*args)
 
 
 def finish(pending: Any, residual: Any, activation: str | None) -> Any:
@@ -188,7 +192,7 @@ class Plan:
         self.run = _compiled(*body)
         self.head = None if head is None else _compiled(*head)
         self.required, self.defaults, self.tensors = required, defaults, tensors
-        self.guards = tuple((_steps(path), name, value) for path, name, value in guards)
+        self.guards = tuple((_steps(path), tuple(name.split(".")), value) for path, name, value in guards)
         self.norms = tuple(map(_steps, norms))
         self.elided = tuple((_steps(path), kind, name) for path, kind, name in elided)
 
@@ -214,13 +218,12 @@ class Plan:
             True when the rewritten forward gives what the written one would.
         """
         try:
-            for steps, name, value in self.guards:
-                held = _walk(module, steps)
-                if name == "_modules":
-                    if tuple(held._modules) != value:
-                        return False
-                    continue
-                found = getattr(held, name)
+            for steps, names, value in self.guards:
+                found: Any = _walk(module, steps)
+                for name in names:
+                    found = getattr(found, name)
+                if names == ("_modules",):
+                    found = tuple(found)
                 if found is not value and (type(found) is not type(value) or found != value):
                     return False
             for steps in self.norms:
@@ -341,7 +344,10 @@ def fused_type(origin: type[nn.Module]) -> type[nn.Module]:
         if chosen is None:
             return written(self, *args, **kwargs)
         plan, given = chosen
-        return plan.run(self, *given)
+        try:
+            return plan.run(self, *given)
+        except OtherWay:
+            return written(self, *args, **kwargs)
 
     namespace = {
         "__module__": origin.__module__,

@@ -144,22 +144,30 @@ def rewrite(module: nn.Module, tails: dict[int, Tail]) -> Rewriting:
 
 def _plan(module: nn.Module, body: Body, tails: dict[int, Tail]) -> tuple[Plan, list[Site], Tail | None]:
     sites = list(_sites(module, body.graph, tails))
-    end, tail = _tail(module, body.graph, tails)
+    end, tail, behind = _tail(module, body.graph, tails)
     norms = tuple(str(s.node.target) for s in sites if is_plain(_child(module, s.node)))
-    elided = []
-    for node in [n for s in sites for n in [*s.passed, s.act] if n is not None and n.op == "call_module"]:
+    elided, guards = [], list(body.guards)
+    for node in [
+        *behind,
+        *(n for s in sites for n in [*s.passed, s.act] if n is not None and n.op == "call_module"),
+    ]:
         child = module.get_submodule(str(node.target))
+        _, inner = _activation_module(child)
+        # for a class of another library there are the guards of its forward
         elided.append((str(node.target), type(child), activation_name(child, "", {})))
+        guards += [
+            (f"{node.target}.{path}".rstrip("."), attribute, value) for path, attribute, value in inner
+        ]
     head = None
     if end is not None:
         graph, nodes = fx.Graph(), {}  # type: ignore[var-annotated]
         graph.output(graph.graph_copy(body.graph, nodes))
         _write(module, graph, [_copied(site, nodes) for site in sites])
-        _stop_before(graph, nodes[end])
+        _stop_before(graph, nodes[end], [nodes[n] for n in behind])
         head = _source(graph)
     _write(module, body.graph, sites)
     made = _source(body.graph)
-    plan = Plan(made, head, body.required, body.defaults, body.tensors, body.guards, norms, tuple(elided))
+    plan = Plan(made, head, body.required, body.defaults, body.tensors, tuple(guards), norms, tuple(elided))
     return plan, sites, tail
 
 
@@ -297,9 +305,8 @@ def _activation(module: nn.Module, node: fx.Node, value: fx.Node) -> str | None:
         return None
     child = _child(module, node)
     if child is not None:
-        return (
-            None if has_hooks(child) or len(node.args) > 1 or node.kwargs else activation_name(child, "", {})
-        )
+        alone = not has_hooks(child) and len(node.args) == 1 and not node.kwargs
+        return _activation_module(child)[0] if alone else None
     if node.op not in ("call_function", "call_method"):
         return None
     home = getattr(node.target, "__module__", None) or "torch"
@@ -313,17 +320,52 @@ def _activation(module: nn.Module, node: fx.Node, value: fx.Node) -> str | None:
     return activation_name(None, name, scalars)
 
 
-def _tail(module: nn.Module, graph: fx.Graph, tails: dict[int, Tail]) -> tuple[fx.Node | None, Tail | None]:
-    """The call of a norm, or of a child that ends in one, whose output the forward returns."""
+def _activation_module(module: nn.Module) -> tuple[str | None, tuple[tuple[str, str, Any], ...]]:
+    """Name of the activation that a module is, and what that rests on, where its class is another library's."""
+    name = activation_name(module, "", {})
+    known = (
+        type(module).__module__.startswith("torch.nn")
+        or module._modules
+        or module._parameters
+        or module._buffers
+    )
+    if name is not None or known:
+        return name, ()
+    modes = module.training
+    try:
+        found = []
+        for training in (True, False):
+            module.training = training
+            body = follow_body(module)
+            nodes = [n for n in body.graph.nodes if n.op not in ("placeholder", "output")]
+            output = next(n for n in body.graph.nodes if n.op == "output")
+            if len(nodes) != 1 or len(body.required) != 1 or body.defaults or output.args[0] is not nodes[0]:
+                return None, ()
+            argument = next(n for n in body.graph.nodes if n.op == "placeholder")
+            found.append((_activation(module, nodes[0], argument), body.guards))
+    except Refused:
+        return None, ()
+    finally:
+        module.training = modes
+    return found[0] if found[0] == found[1] else (None, ())
+
+
+def _tail(
+    module: nn.Module, graph: fx.Graph, tails: dict[int, Tail]
+) -> tuple[fx.Node | None, Tail | None, list[fx.Node]]:
+    """The call of a norm, or of a child that ends in one, whose output the forward returns; Identities after it."""
     value = next(node for node in graph.nodes if node.op == "output").args[0]
-    # an Identity after the norm would have to be looked at when a parent calls: left as it is
+    behind: list[fx.Node] = []
+    while isinstance(value, fx.Node) and len(value.users) == 1 and type(_child(module, value)) is nn.Identity:
+        behind.append(value)
+        value = value.args[0]
     path = _ends_in(module, value, tails) if isinstance(value, fx.Node) and len(value.users) == 1 else None
-    if path is None:
-        return None, None
+    if path is None or any(has_hooks(module.get_submodule(str(n.target))) for n in behind):
+        return None, None, []
     inner = tails.get(id(_child(module, value)))
     z = value.args[0]
     fresh = inner.fresh if inner else isinstance(z, fx.Node) and len(z.users) == 1 and _makes_new(module, z)
-    return value, Tail(path, fresh)
+    return value, Tail(path, fresh), behind
 
 
 # -- writing -------------------------------------------------------------------------------------------------
@@ -364,8 +406,11 @@ def _write(module: nn.Module, graph: fx.Graph, sites: list[Site]) -> None:
             graph.erase_node(node)
 
 
-def _stop_before(graph: fx.Graph, end: fx.Node) -> None:
+def _stop_before(graph: fx.Graph, end: fx.Node, behind: list[fx.Node]) -> None:
     """Return the norm at the end and its input, rather than its output."""
+    for node in behind:
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        graph.erase_node(node)
     with graph.inserting_before(end):
         owner = graph.create_node("get_attr", str(end.target))
         pending = graph.call_function(until, (owner, *end.args))
