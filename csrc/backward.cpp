@@ -1,6 +1,8 @@
 // Backward: the two sums of each channel, and the gradients of the input and of the residual.
 #include "drivers.h"
 
+#include <cmath>
+
 namespace bn {
 namespace {
 
@@ -161,8 +163,10 @@ class BackwardStep {
 
   private:
     void constants(int64_t c, double sum_dy, double sum_dy_zhat) {
-        k0[c] = static_cast<A>(-sum_dy / p.count);
-        k1[c] = static_cast<A>(-sum_dy_zhat / p.count);
+        // an infinite count: the statistics are constants, and a NaN in the sums must not spread through them
+        const bool constant = std::isinf(p.count);
+        k0[c] = constant ? A{0} : static_cast<A>(-sum_dy / p.count);
+        k1[c] = constant ? A{0} : static_cast<A>(-sum_dy_zhat / p.count);
     }
 
     BackwardCoefficients<A> of_channel(int64_t c) const {

@@ -190,6 +190,16 @@ def test_the_policies_hold_in_every_dtype(dtype):
     assert torch.isfinite(layer.running_mean).all()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_in_eval_a_nan_gradient_stays_where_it_came_from(layout):
+    shape = torch.contiguous_format if layout == "contiguous" else torch.channels_last
+    z = torch.randn(2, 3, 4, 4).contiguous(memory_format=shape).requires_grad_()
+    dy = torch.ones_like(z)
+    dy[0, 1, 2, 3] = NAN
+    batchnorm.BatchNorm2d(3).eval()(z).backward(dy)
+    assert int(torch.isnan(z.grad).sum()) == 1
+
+
 class Explodes(nn.Module):
     def forward(self, x):
         raise KeyError("behind the layer")
