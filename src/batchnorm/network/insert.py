@@ -85,7 +85,7 @@ def insert(
     ArgumentError
         ``model`` is no module, has lazy layers, or arguments contradict each other.
     DataError
-        ``data`` holds no batch, or a layer sees no value.
+        ``data`` holds no batch, or gives values that are not finite.
     VerificationError
         The result does not answer as the network did (with ``data``), or does not run on the example.
 
@@ -121,14 +121,22 @@ def insert(
     flow = _look(model, run)
     told = Record()
     chosen = {path: verdict for path, layer, verdict in _verdicts(model, flow, told) if verdict.insert}
+    moments = _measure(model, list(chosen), batches, progress) if chosen and batches is not None else None
+    for path in [path for path in chosen if moments is not None and path not in moments]:
+        del chosen[path]
+        told.leave(
+            path,
+            type(model.get_submodule(path)).__name__,
+            "the data never reaches it in eval mode",
+            tool=_TOOL,
+        )
     result = copied(model)
     # a network that begins with a Linear takes any number of axes, so a made-up (N, C) tells nothing
     free = isinstance(flow.example, Tensor) and flow.example.dim() == 2
     exact = run is not None or not free
     for path, verdict in chosen.items():
         _put(result, path, verdict, exact, eps, momentum, zero_init_residual, told)
-    if chosen and batches is not None:
-        moments = _measure(model, list(chosen), batches, progress)
+    if moments is not None:
         for path in chosen:
             _preserve(result.get_submodule(path), model.get_submodule(path), *moments[path])
     if chosen and run is not None:
@@ -333,12 +341,8 @@ def _measure(
     finally:
         for handle in handles:
             handle.remove()
-    for path in paths:
-        if path not in pooled:
-            raise DataError(
-                "insert: the layer saw no value of the data.", why="it has no statistics.", at=path
-            )
-        if not all(torch.isfinite(t).all() for t in pooled[path][1:]):
+    for path, (_, mean, m2) in pooled.items():
+        if not bool(torch.isfinite(mean).all() and torch.isfinite(m2).all()):
             raise DataError(
                 "insert: the layer's output over the data is not finite.",
                 why="its mean and variance would be NaN.",

@@ -276,7 +276,12 @@ def is_leaf(module: nn.Module) -> bool:
     bool
         True for layers, batch norms, and the childless modules of ``torch.nn``.
     """
-    if is_layer(module) or is_batch_norm(module) or isinstance(module, _OTHER_NORMS):
+    # of an attention only the outside matters: no norm is in it, and its layers are read by name
+    if (
+        is_layer(module)
+        or is_batch_norm(module)
+        or isinstance(module, (*_OTHER_NORMS, nn.MultiheadAttention))
+    ):
         return True
     home = type(module).__module__
     if isinstance(module, _CONTAINERS):

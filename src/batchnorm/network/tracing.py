@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dis
 import inspect
+import operator
+import sys
+import types
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -21,7 +24,7 @@ from batchnorm.network.flow import Value, View, append_call, canonical, values_i
 from batchnorm.network.kinds import SHAPE_ONLY, has_hooks, is_leaf
 from batchnorm.network.untouched import put_back, snapshot, untouched
 
-_MOST_WAYS = 32
+_MOST_WAYS = 16
 _CONSTANT = "<constant>"
 
 
@@ -36,15 +39,34 @@ class _Raised(BaseException):
     """The model's own ``raise`` or ``assert`` ended this way through a branch."""
 
 
-class _TensorProxy(fx.Proxy):
+class _Proxy(fx.Proxy):
+    """A proxy that looks up how many values are unpacked from it once for each place in the code."""
+
+    def __iter__(self) -> Iterator[Any]:
+        frame = sys._getframe(1)
+        count = _unpacked(frame.f_code, frame.f_lasti)
+        return iter([operator.getitem(self, i) for i in range(count)]) if count else self.tracer.iter(self)
+
+
+@cache
+def _unpacked(code: types.CodeType, place: int) -> int:
+    step = next((step for step in dis.get_instructions(code) if step.offset == place), None)
+    return int(step.argval) if step is not None and step.opname == "UNPACK_SEQUENCE" else 0
+
+
+class _TensorProxy(_Proxy):
     """A proxy that ``isinstance(x, torch.Tensor)`` in a model's forward takes for a tensor."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return torch.Tensor
 
+    def __getattr__(self, name: str) -> Any:
+        # what isinstance(x, torch.nn.Parameter) asks a tensor: no branch of the model's
+        return False if name == "_is_param" else super().__getattr__(name)
 
-class _ParameterProxy(fx.Proxy):
+
+class _ParameterProxy(_Proxy):
     """A parameter or buffer read by name; its shape, dtype and device are known."""
 
     _KNOWN = frozenset(["shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"])
@@ -61,6 +83,8 @@ class _ParameterProxy(fx.Proxy):
         return torch.nn.Parameter if isinstance(self.__dict__["tensor"], nn.Parameter) else torch.Tensor
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_is_param":
+            return isinstance(self.__dict__["tensor"], nn.Parameter)
         if name in self._KNOWN or name in self._KNOWN_METHODS:
             return getattr(self.__dict__["tensor"], name)
         return super().__getattr__(name)
@@ -136,7 +160,7 @@ class _Tracer(fx.Tracer):
             tensor = name not in SHAPE_ONLY and any(n.meta.get("tensor") for n in node.all_input_nodes)
         node.meta["tensor"] = tensor
         node.meta["where"] = self.where[-1]
-        return _TensorProxy(node, self) if tensor else fx.Proxy(node, self)
+        return _TensorProxy(node, self) if tensor else _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):
