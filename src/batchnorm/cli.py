@@ -147,11 +147,6 @@ def study(
     )
 
 
-def add_network_commands() -> None:
-    """Add the commands that read a network and write a network."""
-    load("batchnorm.network_cli").register(app)
-
-
 def main() -> None:
     """Run the command line; an error of ours is printed without a traceback."""
     try:

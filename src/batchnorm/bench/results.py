@@ -275,8 +275,10 @@ def read(path: Path) -> list[Row]:
     Raises
     ------
     DataError
-        The file has other columns.
+        There is no such file, or it has other columns.
     """
+    if not path.exists():
+        raise DataError(f"bench: there are no rows: no file {path}.", mend="time something into it first.")
     numbers: dict[str, Any] = {"rounds": int, "threads": int}
     numbers |= {f.name: float for f in fields(Row) if f.type == "float"}
     with path.open(newline="") as file:
