@@ -51,16 +51,25 @@ IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x
 class ImageData:
     """Images and labels, split into a training and a test part.
 
-    Attributes
+    Parameters
     ----------
     name : str
         Which data set this is.
-    train_images, test_images : Tensor, shape (N, C, H, W), float32
+    train_images : Tensor, shape (N, C, H, W), float32
         Pixels in [0, 1] (0 is the darkest value the format can hold, 1 the brightest).
-    train_labels, test_labels : Tensor, shape (N,), int64
+    train_labels : Tensor, shape (N,), int64
         The class of each image, in ``range(len(classes))``.
+    test_images : Tensor, shape (M, C, H, W), float32
+        Pixels of the test part.
+    test_labels : Tensor, shape (M,), int64
+        Classes of the test part.
     classes : tuple of str
         The names of the classes.
+
+    Raises
+    ------
+    DataError
+        A part is empty, its shapes do not fit, or a label is not the number of a class.
     """
 
     name: str
@@ -290,7 +299,7 @@ def load_mnist(directory: str | Path) -> ImageData:
     >>> mnist = load_mnist("mnist")  # doctest: +SKIP
     """
     folder = _folder(directory)
-    parts = []
+    parts: list[Tensor] = []
     for prefix in ("train", "t10k"):
         image_file = _find(folder, f"{prefix}-images-idx3-ubyte", f"{prefix}-images.idx3-ubyte")
         label_file = _find(folder, f"{prefix}-labels-idx1-ubyte", f"{prefix}-labels.idx1-ubyte")
@@ -306,8 +315,10 @@ def load_mnist(directory: str | Path) -> ImageData:
         if len(images) != len(labels):
             raise _not_in_format(label_file, f"{len(labels)} labels", f"{len(images)}, one for each image")
         parts += [_pixels(images[:, None]), torch.from_numpy(labels.astype(np.int64))]
-    largest = max((int(labels.max()) for labels in parts[1::2] if len(labels)), default=0)
-    return ImageData("mnist", *parts, tuple(str(c) for c in range(max(largest + 1, 2))))
+    train_images, train_labels, test_images, test_labels = parts
+    largest = max((int(part.max()) for part in (train_labels, test_labels) if len(part)), default=0)
+    classes = tuple(str(c) for c in range(max(largest + 1, 2)))
+    return ImageData("mnist", train_images, train_labels, test_images, test_labels, classes)
 
 
 def load_cifar10(directory: str | Path) -> ImageData:

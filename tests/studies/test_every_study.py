@@ -1,4 +1,4 @@
-"""Every study runs end to end, goes on where it was, and draws what can be read without colours."""
+"""Every study runs end to end at its quick level, goes on where it was, and draws what can be read without colours."""
 
 from dataclasses import replace
 
@@ -11,25 +11,10 @@ from batchnorm.studies.registry import STUDIES, get_study
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-# Smaller than --quick: enough to go through every line, too little to learn much.
-TINY = {
-    "faster-learning": {"mlp_steps": 20, "cnn_steps": 10, "every": 5},
-    "input-distribution": {"steps": 20, "looks": 4},
-    "hyperparameter-robustness": {"steps": 5, "rate_exponents": (-2.0, -1.0), "scale_exponents": (0.0, 1.0)},
-    "deep-networks": {"steps": 4, "width": 8, "depths": (2, 5)},
-    "where-to-normalize": {"steps": 20, "every": 5, "rates": (0.3,)},
-    "bias-is-redundant": {"steps": 12, "width": 16},
-    "identity-recovery": {"steps": 10, "descent": 10},
-    "test-time-statistics": {"early": 3, "late": 12},
-    "small-batches": {"epochs": 0, "least_steps": 3, "width": 16, "batches": (4, 16)},
-    "shifted-inputs": {"steps": 10, "batches": (1, 32), "priors": (0.0, 16.0), "test_images": 32},
-    "convention-traps": {"steps": 8, "tuning_steps": 4},
-}
-
 
 @pytest.fixture(scope="module")
 def data():
-    return load("digits").subset(train=400, test=60)
+    return load("digits")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +25,7 @@ def runs(data, tmp_path_factory):
     def run(name):
         if name not in made:
             study = get_study(name)
-            config = replace(study.config("quick"), seeds=2, **TINY[name])
+            config = study.config("quick")
             made[name] = study.run(config, data=data, path=folder / f"{name}.jsonl"), config, folder
         return made[name]
 

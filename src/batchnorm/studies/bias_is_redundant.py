@@ -308,7 +308,7 @@ STUDY = Study(
     formula=r"$\mathrm{BN}(W a + b) = \mathrm{BN}(W a),\qquad \frac{\partial L}{\partial b} = 0$",
     claims=("M7",),
     configs={
-        "quick": Config(seeds=2, steps=250, width=32),
+        "quick": Config(seeds=2, steps=100, width=24),
         "default": Config(),
         "full": Config(seeds=20, steps=3000),
     },

@@ -252,7 +252,7 @@ STUDY = Study(
     r"gradients are rescaled in every layer",
     claims=("M14",),
     configs={
-        "quick": Config(seeds=2, steps=40, width=20, depths=(2, 8, 30), rates=(0.1,)),
+        "quick": Config(seeds=2, steps=40, width=20, depths=(2, 8, 24), rates=(0.03,)),
         "default": Config(),
         "full": Config(
             seeds=10,

@@ -250,7 +250,7 @@ STUDY = Study(
     formula=r"$\hat z = (z - \mu)\,/\,\sqrt{\sigma^2 + \epsilon},\qquad \tilde z = \gamma\,\hat z + \beta$",
     claims=("M12",),
     configs={
-        "quick": Config(seeds=2, mlp_steps=500, cnn_steps=100, every=10),
+        "quick": Config(seeds=2, mlp_steps=300, cnn_steps=60, every=10),
         "default": Config(),
         "full": Config(seeds=10, mlp_steps=20000, cnn_steps=5000),
     },

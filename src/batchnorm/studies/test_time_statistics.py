@@ -310,7 +310,7 @@ STUDY = Study(
     r"\bar\mu \leftarrow (1-w)\,\bar\mu + w\,\mu$",
     claims=("M9", "M10", "M11"),
     configs={
-        "quick": Config(seeds=2, early=10, late=100),
+        "quick": Config(seeds=2, early=10, late=80),
         "default": Config(),
         "full": Config(seeds=30, late=10000),
     },
