@@ -1,4 +1,4 @@
-"""Every study runs end to end at its quick level, goes on where it was, and draws what can be read without colours."""
+"""Every study runs at its quick level, goes on where it was, and draws what reads without colours."""
 
 from dataclasses import replace
 

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from batchnorm.errors import ArgumentError, BatchNormError, DataError
-from batchnorm.studies import extra, page, registry, runner
+from batchnorm.studies import extra, registry, runner
+from batchnorm.studies.__main__ import main
 from image_files import write_mnist
 
 pytest.importorskip("sklearn")
@@ -110,7 +111,7 @@ def test_a_report_is_made_again_from_a_folder_without_running(tmp_path, monkeypa
     for name in NAMES:
         module = importlib.import_module(f"batchnorm.studies.{name.replace('-', '_')}")
         monkeypatch.setattr(module, "STUDY", replace(module.STUDY, measure=None))
-    assert page.main([str(tmp_path / "out"), str(tmp_path / "second.md")]) == 0
+    assert main([str(tmp_path / "out"), str(tmp_path / "second.md")]) == 0
     assert (tmp_path / "second.md").read_text() == (tmp_path / "first.md").read_text()
 
 
@@ -119,11 +120,11 @@ def test_a_folder_whose_runs_are_incomplete_gives_no_report(tmp_path):
     path = outcomes[0].records_path
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(DataError, match="no complete set"):
-        page.main([str(tmp_path), str(tmp_path / "report.md")])
+        main([str(tmp_path), str(tmp_path / "report.md")])
 
 
 def test_the_report_command_says_how_it_is_used(capsys):
-    assert page.main(["only-one"]) == 2
+    assert main(["only-one"]) == 2
     assert "usage" in capsys.readouterr().err
 
 

@@ -63,7 +63,7 @@ PADDING = (0, 48)  # positions behind every sequence, drawn anew for each mini-b
 class Config:
     """Sizes of the study; ``small`` is the mini-batch of the traps that need a small one."""
 
-    seeds: int = 12
+    seeds: int = 8
     steps: int = 800
     batch: int = 60
     small: int = 4

@@ -1,15 +1,10 @@
-"""The report of some studies: one self-contained HTML file, or Markdown beside its figures.
-
-Both are made from records: ``python -m batchnorm.studies.page FOLDER FILE.md`` writes a report again
-from a folder of records without running anything.
-"""
+"""The report of some studies: one self-contained HTML file, or Markdown beside its figures."""
 
 from __future__ import annotations
 
 import base64
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +15,7 @@ if TYPE_CHECKING:
     from batchnorm.studies.contract import Answer
     from batchnorm.studies.runner import Outcome
 
-__all__ = ["main", "remarks", "write_html", "write_markdown"]
+__all__ = ["remarks", "write_html", "write_markdown"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -195,35 +190,3 @@ def _formula_image(formula: str) -> str:
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.05, transparent=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write a report from a folder of records of the default level, without running anything.
-
-    Parameters
-    ----------
-    arguments : sequence of str or None, default None
-        The folder and the file (``.md`` or ``.html``); None is ``sys.argv``.
-
-    Returns
-    -------
-    int
-        0, or 2 if the arguments are not these two.
-    """
-    from batchnorm.studies.registry import STUDIES, get_study
-    from batchnorm.studies.runner import outcome_of_folder
-
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if len(given) != 2 or not given[1].endswith((".md", ".html")):
-        print("usage: python -m batchnorm.studies.page FOLDER FILE.md|FILE.html", file=sys.stderr)
-        return 2
-    folder, path = Path(given[0]), Path(given[1])
-    outcomes = [
-        outcome_of_folder(get_study(name), folder) for name in STUDIES if (folder / f"{name}.jsonl").exists()
-    ]
-    (write_html if path.suffix == ".html" else write_markdown)(outcomes, path)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -49,7 +49,7 @@ class Config:
     least_steps: int = 150
     width: int = 64
     batches: tuple[int, ...] = (2, 4, 8, 16, 64, 256)
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 def workers(arm: str) -> int:

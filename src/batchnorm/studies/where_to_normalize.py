@@ -54,7 +54,7 @@ class Config:
     seeds: int = 8
     steps: int = 600
     batch: int = 60
-    every: int = 30
+    every: int = 20
     rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 
