@@ -125,12 +125,14 @@ def _verify(flow: Flow, result: nn.Module, steps: list[tuple[str, str, str]]) ->
             return list(tensors_in(call_with(network, example)))
 
     before = list(tensors_in(flow.result))
-    allowed = 4 * precision_of(before) * (1 + len(steps)) ** 0.5
+    precision, depth = precision_of(before), 1 + len(steps)
+    # rounding grows with depth; in half precision a bound that never fails would check nothing
+    allowed = 64 * precision * depth if precision < 1e-6 else 4 * precision * depth**0.5
     try:
         off = difference(before, answers(result, flow.example))
         if off <= allowed or difference(before, answers(flow.model, flow.example)) > allowed:
             return  # the second: it does not give the same answer twice by itself, so nothing can be compared
-        if off < 1 and _right_in_float64(flow, steps, answers):
+        if off < 1 and _difference_in_float64(flow, steps, answers) <= 1e-3 * off:
             return
     except Exception as error:
         raise VerificationError(
@@ -148,10 +150,10 @@ def _verify(flow: Flow, result: nn.Module, steps: list[tuple[str, str, str]]) ->
     )
 
 
-def _right_in_float64(
+def _difference_in_float64(
     flow: Flow, steps: list[tuple[str, str, str]], answers: Callable[[nn.Module, Any], list[Tensor]]
-) -> bool:
-    """Whether a difference is rounding alone: the same fold of the same network in float64 shows none."""
+) -> float:
+    """How far the same fold of the same network is off in float64, where rounding plays no part."""
     ways = {"before": fold_into_before, "after": fold_into_after, "norm": fold_into_norm}
     try:
         wide_model, example = copied(flow.model).eval().double(), _doubled(flow.example)
@@ -161,10 +163,9 @@ def _right_in_float64(
             ways[way](wide_result.get_submodule(path), affine)
             above, _, last = norm_path.rpartition(".")
             wide_result.get_submodule(above)._modules[last] = affine.tail.eval()
-        off = difference(answers(wide_model, example), answers(wide_result, example))
+        return difference(answers(wide_model, example), answers(wide_result, example))
     except Exception:
-        return False  # code that asks for one dtype: the doubt stays
-    return off <= 1e-9 * (1 + len(steps))
+        return float("inf")  # code that asks for one dtype: the doubt stays
 
 
 def _doubled(tree: Any) -> Any:
