@@ -582,3 +582,75 @@ def test_a_resnet_50_is_folded_in_under_two_seconds() -> None:
         took.append(time.perf_counter() - begun)
     assert norms(folded) == []
     assert min(took) < 2
+
+
+def test_a_hook_on_a_block_around_the_layer_keeps_the_norm_outside_of_it() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+    seen = []
+    net[0].register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
+    x = torch.randn(2, 3, 6, 6)
+    folded = check(net, x, left=["1"])
+    seen.clear()
+    torch.testing.assert_close(folded(x), net(x))
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_an_activation_inside_the_norm_of_a_linear_layer_does_not_hide_the_guard() -> None:
+    net = trained(nn.Sequential(nn.Linear(4, 6), batchnorm.BatchNorm1d(6, activation="relu"))).eval()
+    folded = fold(net)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(folded(x), net(x))
+    with pytest.raises(ShapeError):
+        folded(torch.randn(3, 6, 4))
+
+
+def test_the_example_is_not_spoiled_by_a_network_that_writes_into_its_input() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = _pair()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pair(x.mul_(2))
+
+    net, x = trained(Writes()), torch.randn(1, 3, 5, 5)
+    kept = x.clone()
+    assert norms(fold(net, x)) == []
+    assert torch.equal(x, kept)
+
+
+def test_an_accelerated_network_is_folded_as_well() -> None:
+    net = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))).eval()
+    x = torch.randn(2, 3, 6, 6)
+    expected = net(x)
+    folded = fold(batchnorm.accelerate(net), x)
+    assert norms(folded) == []
+    torch.testing.assert_close(folded(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_without_batch_norm_comes_back_as_a_copy() -> None:
+    net = nn.Sequential(nn.Linear(3, 2))
+    folded = fold(net)
+    assert folded is not net
+    assert len(record(folded)) == 0
+
+
+def test_weights_of_old_style_weight_norm_with_a_history_do_not_stop_the_copy() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = trained(
+            nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), *_pair()[:0])
+        )
+    x = torch.randn(1, 3, 5, 5)
+    net(x)  # leaves a weight that is no leaf
+    folded = fold(net, x)
+    assert "hooks" in record(folded).reason("1")
+    torch.testing.assert_close(folded(x), net.eval()(x))
+
+
+def test_rounding_of_a_deep_half_precision_network_is_told_from_a_wrong_fold() -> None:
+    layers: list[nn.Module] = []
+    for _ in range(12):
+        layers += [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    net = trained(nn.Sequential(*layers)).to(torch.bfloat16).eval()
+    assert norms(fold(net, torch.randn(2, 4, 8, 8, dtype=torch.bfloat16))) == []
