@@ -1,0 +1,63 @@
+"""Commands that change a network: arguments only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+_SOURCE = "module:factory, which is imported and called, or an exported program (.pt2)."
+_OUT = "A program where the name ends in .pt2, else a state dict."
+_WEIGHTS = "State dict for the factory's network; nothing but tensors is read from it."
+_SHAPE = "Shape of one input, with commas: 1,3,224,224."
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line.
+
+    Parameters
+    ----------
+    app : typer.Typer
+        The command line.
+    """
+    app.command()(fold)
+    app.command()(insert)
+
+
+def fold(
+    source: Annotated[str, typer.Argument(help=_SOURCE)],
+    out: Annotated[Path, typer.Argument(help=_OUT)],
+    weights: Annotated[Path | None, typer.Option(help=_WEIGHTS)] = None,
+    shape: Annotated[str, typer.Option(help=_SHAPE)] = "",
+) -> None:
+    """Fold the batch norms of a trained network into its layers, and check the answers."""
+    _change("fold", source, out, weights, shape)
+
+
+def insert(
+    source: Annotated[str, typer.Argument(help=_SOURCE)],
+    out: Annotated[Path, typer.Argument(help=_OUT)],
+    weights: Annotated[Path | None, typer.Option(help=_WEIGHTS)] = None,
+    shape: Annotated[str, typer.Option(help=_SHAPE)] = "",
+) -> None:
+    """Put batch norms between the hidden layers of a network and their nonlinearities."""
+    _change("insert", source, out, weights, shape)
+
+
+def _change(tool: str, source: str, out: Path, weights: Path | None, shape: str) -> None:
+    # imported here: --help is not to wait for torch
+    import batchnorm
+    from batchnorm.errors import ArgumentError
+    from batchnorm.network.exported import open_network, save_network
+
+    try:
+        sizes = tuple(int(n) for n in shape.split(",")) if shape else ()
+    except ValueError:
+        raise ArgumentError(f"--shape {shape!r} is no list of numbers.", mend="e.g. 1,3,224,224.") from None
+    opened = open_network(source, weights=weights, shape=sizes)
+    changed = getattr(batchnorm, tool)(opened.model, opened.example)
+    console = Console()
+    console.print(batchnorm.record(changed))
+    console.print(save_network(opened, changed, out))
