@@ -125,7 +125,10 @@ def test_the_widest_range_has_no_gap():
 def test_deep_networks_follow_the_accuracy_at_the_best_rate(normed, says):
     records = [
         record(
-            {"accuracy": (normed if normalized else 0.5) + jitter(seed) - (0.1 if rate == 1.0 else 0)},
+            {
+                "accuracy": (normed if normalized else 0.5) + jitter(seed) - (0.1 if rate == 1.0 else 0),
+                "gradient": [3.0 if normalized else 1e-9, 1.0, 1.0],
+            },
             activation=activation,
             normalized=normalized,
             depth=depth,
@@ -139,6 +142,9 @@ def test_deep_networks_follow_the_accuracy_at_the_best_rate(normed, says):
         for seed in SEEDS
     ]
     assert set(verdicts("deep-networks", records)) == {says}
+    assert "3 times the last hidden one's with, 1e-09 times without" in str(
+        registry.get_study("deep-networks").answer(records)
+    )
 
 
 def test_where_to_normalize_judges_each_claim_by_its_own_arms():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -208,13 +209,34 @@ def answer(records: list[Record]) -> Answer:
             f"Deepest of these that reached {100 * GOOD:.0f} % with {activation}: {deepest[True] or 'none'} with, "
             f"{deepest[False] or 'none'} without."
         )
+    shown = _shown(depths)
+    for activation in GAINS:
+        falls = {arm: _first_to_last(records, activation, arm, shown) for arm in ARMS}
+        remarks.append(
+            f"At the start, {shown} layers deep with {activation}, the first layer's gradient is "
+            f"{falls[True]:.2g} times the last hidden one's with, {falls[False]:.2g} times without."
+        )
     return make_answer(findings, remarks)
+
+
+def _shown(depths: list[int]) -> int:
+    """Return the depth whose gradients are shown: the deepest up to 30."""
+    return max((depth for depth in depths if depth <= 30), default=depths[-1])
+
+
+def _first_to_last(records: list[Record], activation: str, normalized: bool, depth: int) -> float:
+    """Return the median over seeds of the first layer's gradient norm in units of the last hidden layer's."""
+    chosen = select(records, activation=activation, normalized=normalized, depth=depth)
+    norms = [record["result"]["gradient"] for record in chosen if "gradient" in record["result"]]
+    ratios = [run[0] / run[-2] for run in norms if run[0] is not None and run[-2]]
+    middle = _median(ratios)
+    return float("nan") if middle is None else middle
 
 
 def plot(records: list[Record]) -> Figure:
     """Draw accuracy over depth, and the gradient norm by layer at the start."""
     depths = depths_of(records)
-    shown = max((d for d in depths if d <= 30), default=depths[-1])
+    shown = _shown(depths)
     fig, axes = figure(2, len(GAINS), width=10, height=6, sharey="row")
     for column, activation in enumerate(GAINS):
         for style, (arm, name) in enumerate(ARMS.items()):
@@ -236,7 +258,7 @@ def plot(records: list[Record]) -> Figure:
     return fig
 
 
-def _median(numbers: list[float | None]) -> float | None:
+def _median(numbers: Sequence[float | None]) -> float | None:
     present = sorted(number for number in numbers if number is not None)
     return present[len(present) // 2] if present else None
 

@@ -125,9 +125,9 @@ def _part(outcome: Outcome, folder: Path, html: bool) -> dict[str, Any]:
         "claims": ", ".join(study.claims),
         "question": study.question,
         "claim": study.claim,
-        # Other renderers of mathematics know this command by its longer name.
-        "formula": study.formula.replace(r"\mathrm", r"\operatorname"),
-        "formula_image": _formula_image(study.formula) if html else "",
+        # Markdown takes a backslash before punctuation for its own.
+        "formula": study.formula if html else study.formula.replace(r"\,", r"\thinspace "),
+        "formula_image": _formula_image(study.formula) if html else ("", 0),
         "figure": _inline_svg(outcome.svg) if html else relative(outcome.svg),
         "png": relative(outcome.png),
         "records_path": relative(outcome.records_path),
@@ -178,8 +178,8 @@ def _inline_svg(path: Path) -> str:
     return re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
 
 
-def _formula_image(formula: str) -> str:
-    """Return a formula of mathtext as a data address of a PNG."""
+def _formula_image(formula: str) -> tuple[str, int]:
+    """Return a formula of mathtext as a data address of a PNG, and the width to show it with."""
     import io
 
     matplotlib = require("matplotlib")
@@ -189,4 +189,6 @@ def _formula_image(formula: str) -> str:
         fig.text(0, 0, formula, fontsize=13)
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.05, transparent=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = buffer.getvalue()
+    width = int.from_bytes(content[16:20], "big")  # of the PNG's header
+    return "data:image/png;base64," + base64.b64encode(content).decode(), round(width / 1.6)
