@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from batchnorm import network_cli
 from batchnorm.errors import BatchNormError
 
 SET_NAMES = "resnet, mobilenet, cifar, unet3d, mlp, seq, awkward, all; several with commas."
@@ -52,9 +53,10 @@ def load(module: str, extra: str = "") -> ModuleType:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path("batchnorm-demo"),
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the samples.")] = 0,
+    figures: Annotated[bool, typer.Option("--figures", help="Each figure as an SVG file as well.")] = False,
 ) -> None:
     """Normalize a network, train it, use it one sample at a time, and fold it: under 90 seconds."""
-    load("batchnorm.demo.run", "study").run(out, seed=seed)
+    load("batchnorm.demo.run", "study").run(out, seed=seed, figures_apart=figures)
 
 
 @app.command()
@@ -145,6 +147,9 @@ def study(
         out=out,
         markdown=markdown,
     )
+
+
+network_cli.register(app)
 
 
 def main() -> None:

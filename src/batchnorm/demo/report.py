@@ -39,7 +39,7 @@ def draw(story: Story) -> dict[str, str]:
     return {name: figures.svg(figure) for name, figure in drawn.items()}
 
 
-def write(story: Story, folder: Path, seconds: float) -> Path:
+def write(story: Story, folder: Path, seconds: float, *, figures_apart: bool = False) -> Path:
     """Write ``report.html``.
 
     Parameters
@@ -50,6 +50,8 @@ def write(story: Story, folder: Path, seconds: float) -> Path:
         Made if it is missing.
     seconds : float
         How long the measurements took.
+    figures_apart : bool, optional
+        Write each figure as an SVG file beside it as well.
 
     Returns
     -------
@@ -62,9 +64,10 @@ def write(story: Story, folder: Path, seconds: float) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    drawn = draw(story)
     page = environment.get_template("report.html.j2").render(
         story=story,
-        figures={name: Markup(text) for name, text in draw(story).items()},
+        figures={name: Markup(text) for name, text in drawn.items()},
         seconds=seconds,
         version=batchnorm.__version__,
         torch=torch.__version__,
@@ -73,4 +76,7 @@ def write(story: Story, folder: Path, seconds: float) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
+    if figures_apart:
+        for name, text in drawn.items():
+            (folder / f"{name}.svg").write_text(text, encoding="utf-8")
     return path

@@ -30,7 +30,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(folder: Path, *, seed: int = 0, steps: int = STEPS, console: Console | None = None) -> Path:
+def run(
+    folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    figures_apart: bool = False,
+    console: Console | None = None,
+) -> Path:
     """Run the demonstration, print what it measured, and write the report.
 
     Parameters
@@ -41,6 +48,8 @@ def run(folder: Path, *, seed: int = 0, steps: int = STEPS, console: Console | N
         Of weights and order of samples.
     steps : int, optional
         Of each training run.
+    figures_apart : bool, optional
+        Write each figure as an SVG file as well.
     console : rich.console.Console, optional
         Where to print; the terminal if None.
 
@@ -70,7 +79,7 @@ def run(folder: Path, *, seed: int = 0, steps: int = STEPS, console: Console | N
             story = measure(data, seed=seed, steps=steps, advance=advance)
     seconds = time.perf_counter() - started
     tell(story, console)
-    path = report.write(story, folder, seconds)
+    path = report.write(story, folder, seconds, figures_apart=figures_apart)
     console.print(f"\n{seconds:.0f} s. Report with figures: [bold]{escape(str(path.resolve()))}[/bold]")
     return path
 

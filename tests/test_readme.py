@@ -1,0 +1,51 @@
+"""What the README and the documentation say works when it is typed in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from batchnorm import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 1
+    lines = [line for line in examples[0].splitlines() if line.strip()]
+    assert len(lines) <= 15
+    exec(compile(examples[0], "README.md", "exec"), {})
+    assert "inserted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_page_of_the_documentation_is_in_its_index():
+    index = (ROOT / "docs/index.md").read_text()
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md"]
+    assert [name for name in missing if f"({name})" not in index] == []
+
+
+def test_every_command_that_is_named_is_there():
+    there = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    there |= {group.name for group in cli.app.registered_groups}
+    for page in PAGES:
+        for line in re.findall(r"(?:^|`)batchnorm ([a-z]+)", page.read_text(), re.MULTILINE):
+            assert line in there, f"{page.name}: batchnorm {line}"
+
+
+def test_every_target_of_make_that_is_named_is_there():
+    there = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for target in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE):
+            assert target in there, f"{page.name}: make {target}"
