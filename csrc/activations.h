@@ -8,9 +8,11 @@ namespace bn::BN_ISA {
 
 struct Smooth {
     static constexpr bool has_side = false;
+    static constexpr bool heavy = true;  // arithmetic enough that loops around it need no care
 };
 
-struct Identity : Smooth {
+struct Identity {
+    static constexpr bool has_side = false, heavy = false;
     template <class P>
     static BN_INLINE P value(P u) {
         return u;
@@ -22,7 +24,7 @@ struct Identity : Smooth {
 };
 
 struct Relu {
-    static constexpr bool has_side = true;
+    static constexpr bool has_side = true, heavy = false;
     template <class A>
     static BN_INLINE Pack<A> value(Pack<A> u) {
         return select(lt(u, set1<A>(0)), set1<A>(0), u);
@@ -58,7 +60,7 @@ struct Relu6 : Relu {
 };
 
 struct LeakyRelu {
-    static constexpr bool has_side = true;
+    static constexpr bool has_side = true, heavy = false;
     static constexpr double slope = 0.01;
     template <class A>
     static BN_INLINE Pack<A> value(Pack<A> u) {

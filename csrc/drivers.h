@@ -113,8 +113,15 @@ inline void fold(const Columns &g, const double *sum, const double *square, int6
         }
         return;
     }
-    for (int64_t j = j0; j < j1; j += g.s)
-        for (int64_t k = j; k < j + g.s; ++k) out[g.channel(j) - c0] += {sum[k - j0], square[k - j0]};
+    for (int64_t j = j0; j < j1; j += g.s) {
+        Pair four[4];  // four chains of additions instead of one
+        const double *a = sum + (j - j0), *b = square + (j - j0);
+        for (int64_t k = 0; k < g.s; ++k) four[k & 3] += {a[k], b[k]};
+        four[0] += four[1];
+        four[2] += four[3];
+        four[0] += four[2];
+        out[g.channel(j) - c0] += four[0];
+    }
 }
 
 template <class Step>

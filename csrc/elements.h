@@ -163,6 +163,7 @@ BN_INLINE Pack<typename Element<T>::Acc> load_partial(const T *p, size_t count) 
 }
 template <class T>
 BN_INLINE void store_partial(T *p, Pack<typename Element<T>::Acc> v, size_t count) {
+    if (count == lanes) return Element<T>::store(p, v);
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {
         _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v.v[0]);

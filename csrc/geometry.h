@@ -57,7 +57,7 @@ struct Columns {
     int64_t segment_rows, segments;
 
     explicit Columns(const Shape &x) : rows(x.n), cols(x.c * x.s), tail(0), c(x.c), s(x.s), z_stride(x.z_sn) {
-        if (x.layout == Layout::rc && x.z_sn == x.c && cols < 256) {
+        if (x.layout == Layout::rc && x.z_sn == x.c && cols > 0 && cols < 256) {
             // several rows side by side: whole vectors whatever the number of channels
             const int64_t unit = cols / std::gcd(cols, int64_t{32}) * 32;
             const int64_t wide = unit * std::max<int64_t>(1, 512 / unit);

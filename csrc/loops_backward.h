@@ -39,14 +39,13 @@ Sums plane_reduce(const PlaneBlock &block, const BackwardCoefficients<typename E
             t[k] = fma(g, centered * inv, t[k]);
         };
         size_t i = 0;
-        for (; i + 2 * lanes <= block.len; i += 2 * lanes) {
-            step(i, 0);
-            step(i + lanes, 1);
+        if constexpr (!Act::heavy) {
+            for (; i + 2 * lanes <= block.len; i += 2 * lanes) {
+                step(i, 0);
+                step(i + lanes, 1);
+            }
         }
-        if (i + lanes <= block.len) {
-            step(i, 0);
-            i += lanes;
-        }
+        for (; i + lanes <= block.len; i += lanes) step(i, 0);
         if (const size_t rest = block.len - i) {
             const Pack<A> centered = keep_first(load_partial(z + i, rest) - mean, rest);
             Pack<A> g = gradient<T, Act, Saved>(load_partial(dy + i, rest), centered, scale, shift, saved, i, rest);
@@ -66,21 +65,27 @@ void column_reduce(const ColumnBlock &block, const BackwardCoefficients<typename
     constexpr size_t chunk = 512, group = 4;
     const char *zp = static_cast<const char *>(block.z), *dp = static_cast<const char *>(block.dy);
     const char *sp = static_cast<const char *>(block.saved);
+    const ptrdiff_t z_stride = block.z_stride, dy_stride = block.dy_stride, saved_stride = block.saved_stride;
+    const A *means = c.mean, *scales = c.scale, *shifts = c.shift, *invs = c.inv_std;
     for (size_t j0 = 0; j0 < block.cols; j0 += chunk) {
         const size_t cols = block.cols - j0 < chunk ? block.cols - j0 : chunk;
         A s[chunk], t[chunk];
         for (size_t j = 0; j < chunk; ++j) s[j] = t[j] = 0;
         const auto rows = [&](size_t row, size_t count, size_t j, size_t rest) {
             const auto vec = [&](const A *p) { return load_some(p + j0 + j, rest); };
-            const Pack<A> mean = vec(c.mean), inv = vec(c.inv_std);
+            const Pack<A> mean = vec(means), inv = vec(invs);
             // dead code where the activation needs no pre-activation
-            const Pack<A> scale = vec(c.scale), shift = vec(c.shift);
+            const Pack<A> scale = vec(scales), shift = vec(shifts);
             Pack<A> sj = load_acc(s + j), tj = load_acc(t + j);
             for (size_t k = 0; k < count; ++k) {
                 const ptrdiff_t r = static_cast<ptrdiff_t>(row + k);
-                const T *z = reinterpret_cast<const T *>(zp + r * block.z_stride) + j0 + j;
-                const T *dy = reinterpret_cast<const T *>(dp + r * block.dy_stride) + j0 + j;
-                const void *saved = Saved ? sp + r * block.saved_stride : nullptr;
+                const T *z = reinterpret_cast<const T *>(zp + r * z_stride) + j0 + j;
+                const T *dy = reinterpret_cast<const T *>(dp + r * dy_stride) + j0 + j;
+                const void *saved = Saved ? sp + r * saved_stride : nullptr;
+                if (rest == lanes) {  // the next rows, while these are summed
+                    __builtin_prefetch(reinterpret_cast<const char *>(z) + static_cast<ptrdiff_t>(group) * z_stride);
+                    __builtin_prefetch(reinterpret_cast<const char *>(dy) + static_cast<ptrdiff_t>(group) * dy_stride);
+                }
                 const Pack<A> centered = load_some(z, rest) - mean;
                 const Pack<A> g =
                     gradient<T, Act, Saved>(load_some(dy, rest), centered, scale, shift, saved, j0 + j, rest);
@@ -93,8 +98,10 @@ void column_reduce(const ColumnBlock &block, const BackwardCoefficients<typename
         for (size_t row = 0; row < block.rows; row += group) {
             const size_t count = block.rows - row < group ? block.rows - row : group;
             size_t j = 0;
-            if (count == group)
-                for (; j + lanes <= cols; j += lanes) rows(row, group, j, lanes);
+            if constexpr (!Act::heavy) {
+                if (count == group)
+                    for (; j + lanes <= cols; j += lanes) rows(row, group, j, lanes);
+            }
             for (; j < cols; j += lanes) rows(row, count, j, cols - j < lanes ? cols - j : lanes);
         }
         for (size_t j = 0; j < cols; ++j) {
@@ -110,24 +117,46 @@ void input(void *dz_, void *dr_, const void *dy_, const void *z_, const void *sa
     using A = typename Element<T>::Acc;
     T *dz = static_cast<T *>(dz_), *dr = static_cast<T *>(dr_);
     const T *dy = static_cast<const T *>(dy_), *z = static_cast<const T *>(z_);
-    const auto step = [&](size_t i, Pack<A> d, Pack<A> x, size_t rest, const auto &vec, Pack<A> &g) {
-        const Pack<A> centered = x - vec(c.mean), scale = vec(c.scale);
-        g = gradient<T, Act, Saved>(d, centered, scale, vec(c.shift), saved, i, rest);
-        return scale * (fma(centered * vec(c.inv_std), vec(c.k1), vec(c.k0)) + g);
+    const Coefficient<A, Columns> mean(c.mean), scale(c.scale), shift(c.shift), inv(c.inv_std), k0(c.k0), k1(c.k1);
+    const auto whole = [=](size_t i) BN_LAMBDA_INLINE {
+        const Pack<A> centered = Element<T>::load(z + i) - mean.at(i), a = scale.at(i);
+        const Pack<A> g =
+            gradient<T, Act, Saved>(Element<T>::load(dy + i), centered, a, shift.at(i), saved, i, lanes);
+        Element<T>::store(dz + i, a * (fma(centered * inv.at(i), k1.at(i), k0.at(i)) + g));
+        if (dr) Element<T>::store(dr + i, g);
     };
     size_t i = 0;
-    for (; i + lanes <= len; i += lanes) {
-        Pack<A> g;
-        const auto vec = [&](const A *p) { return coefficient<A, Columns>(p, i); };
-        const Pack<A> v = step(i, Element<T>::load(dy + i), Element<T>::load(z + i), lanes, vec, g);
-        Element<T>::store(dz + i, v);
-        if (dr) Element<T>::store(dr + i, g);
+    if constexpr (!Act::heavy) {
+        for (; i + 2 * lanes <= len; i += 2 * lanes) {
+            whole(i);
+            whole(i + lanes);
+        }
     }
-    if (const size_t rest = len - i) {
-        Pack<A> g;
-        const auto vec = [&](const A *p) { return coefficient_partial<A, Columns>(p, i, rest); };
-        const Pack<A> v = step(i, load_partial(dy + i, rest), load_partial(z + i, rest), rest, vec, g);
-        store_partial(dz + i, v, rest);
+    for (; i + lanes <= len; i += lanes) whole(i);
+    const size_t rest = len - i;
+    if (!rest) return;
+    if constexpr (Act::heavy) {
+        T zs[lanes], ds[lanes], rs[lanes], out[lanes], out_r[lanes];
+        A k[6][lanes];
+        const auto copy = [=](T *to, const T *from) { store_partial(to, load_partial(from, rest), lanes); };
+        copy(zs, z + i);
+        copy(ds, dy + i);
+        if constexpr (Saved) copy(rs, static_cast<const T *>(saved) + i);
+        store_acc(k[0], mean.partial(i, rest));
+        store_acc(k[1], scale.partial(i, rest));
+        store_acc(k[2], shift.partial(i, rest));
+        store_acc(k[3], inv.partial(i, rest));
+        store_acc(k[4], k0.partial(i, rest));
+        store_acc(k[5], k1.partial(i, rest));
+        input<T, Act, true, Saved>(out, dr ? out_r : nullptr, ds, zs, rs, lanes, {k[0], k[1], k[2], k[3], k[4], k[5]});
+        memcpy(static_cast<void *>(dz + i), out, rest * sizeof(T));
+        if (dr) memcpy(static_cast<void *>(dr + i), out_r, rest * sizeof(T));
+    } else {
+        const Pack<A> centered = load_partial(z + i, rest) - mean.partial(i, rest), a = scale.partial(i, rest);
+        const Pack<A> g =
+            gradient<T, Act, Saved>(load_partial(dy + i, rest), centered, a, shift.partial(i, rest), saved, i, rest);
+        store_partial(dz + i, a * (fma(centered * inv.partial(i, rest), k1.partial(i, rest), k0.partial(i, rest)) + g),
+                      rest);
         if (dr) store_partial(dr + i, g, rest);
     }
 }

@@ -113,7 +113,10 @@ void column_moments(const void *z_, ptrdiff_t stride, size_t rows, size_t cols_,
             const Pack<A> mj = load_acc(m + j);
             Pack<A> sj = load_acc(s + j), qj = load_acc(q + j);
             for (size_t k = 0; k < count; ++k) {
-                const Pack<A> d = load_some(at(row + k, j0 + j), rest) - mj;
+                const T *z_k = at(row + k, j0 + j);
+                // the next rows, while these are summed
+                if (rest == lanes) __builtin_prefetch(reinterpret_cast<const char *>(z_k) + static_cast<ptrdiff_t>(group) * stride);
+                const Pack<A> d = load_some(z_k, rest) - mj;
                 sj = sj + d;
                 qj = fma(d, d, qj);
             }
@@ -127,23 +130,31 @@ void column_moments(const void *z_, ptrdiff_t stride, size_t rows, size_t cols_,
                 for (; j + lanes <= cols; j += lanes) visit(row, group, j, lanes);
             for (; j < cols; j += lanes) visit(row, count, j, cols - j < lanes ? cols - j : lanes);
         }
-        const double n = static_cast<double>(rows);
+        const Pack<double> n = set1(static_cast<double>(rows)), two = set1(2.0);
         for (size_t j = 0; j < cols; j += lanes) {
             const size_t rest = cols - j < lanes ? cols - j : lanes;
-            double own[lanes], sum_j[lanes], square_j[lanes];
-            bool wide = false;
-            for (size_t k = 0; k < rest; ++k) {
-                own[k] = static_cast<double>(m[j + k]);
-                sum_j[k] = static_cast<double>(s[j + k]);
-                square_j[k] = static_cast<double>(q[j + k]);
-                wide |= out_of_range<A>(square_j[k]);
+            const Pack<double> own = widen(load_acc(m + j));
+            Pack<double> sum_j = widen(load_acc(s + j)), square_j = widen(load_acc(q + j));
+            if (sizeof(A) == 4) {
+                const unsigned in = bits(lt(set1(1e-25), square_j)) & bits(lt(square_j, set1(1e35)));
+                if ((in & ((1u << rest) - 1)) != (1u << rest) - 1) {  // squares out of range, NaN, or equal values
+                    double o[lanes], s2[lanes] = {0}, q2[lanes] = {0};
+                    store_acc(o, own);
+                    column_sums_wide<T>(reinterpret_cast<const char *>(at(0, j0 + j)), stride, rows, rest, o, s2, q2);
+                    sum_j = load_acc(s2);
+                    square_j = load_acc(q2);
+                }
             }
-            if (wide) column_sums_wide<T>(reinterpret_cast<const char *>(at(0, j0 + j)), stride, rows, rest, own, sum_j, square_j);
-            for (size_t k = 0; k < rest; ++k) {
-                // from the block's own center to the caller's
-                const double shift = own[k] - static_cast<double>(center[j0 + j + k]);
-                sum[j0 + j + k] += sum_j[k] + n * shift;
-                square[j0 + j + k] += square_j[k] + shift * (2.0 * sum_j[k] + n * shift);
+            // from the block's own center to the caller's
+            double *const sums = sum + j0 + j, *const squares = square + j0 + j;
+            const Pack<double> shift = own - widen(load_some(center + j0 + j, rest));
+            const Pack<double> add = fma(n, shift, sum_j), add2 = fma(shift, fma(two, sum_j, n * shift), square_j);
+            if (rest == lanes) {
+                store_acc(sums, load_acc(sums) + add);
+                store_acc(squares, load_acc(squares) + add2);
+            } else {
+                store_partial(sums, load_partial(sums, rest) + add, rest);
+                store_partial(squares, load_partial(squares, rest) + add2, rest);
             }
         }
     }

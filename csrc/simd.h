@@ -11,6 +11,7 @@
 #endif
 
 #define BN_INLINE inline __attribute__((always_inline))
+#define BN_LAMBDA_INLINE __attribute__((always_inline))
 #define BN_UNROLL _Pragma("GCC unroll 16")
 
 namespace bn::BN_ISA {
