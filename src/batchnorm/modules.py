@@ -63,6 +63,22 @@ class DomainStatistics(nn.Module):
         channels = torch.zeros(num_features, dtype=torch.long, device=device)
         self.register_buffer("skipped_channels", channels, persistent=False)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        _restart_counts(self._buffers)
+
+
+def _restart_counts(buffers: dict[str, Tensor | None]) -> None:
+    # what is loaded are other statistics; and after to_empty() these hold whatever was in memory
+    mean = buffers["running_mean"]
+    for name in ("num_batches_skipped", "skipped_channels"):
+        count = buffers[name]
+        if count is not None and mean is not None:
+            if count.device == mean.device:
+                count.zero_()
+            else:
+                buffers[name] = torch.zeros_like(count, device=mean.device)
+
 
 class Layer(nn.Module):
     """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share; before torch's class in the order of bases."""
@@ -341,7 +357,9 @@ class Layer(nn.Module):
         return self.domains[name]  # type: ignore[return-value]
 
     def reset_running_stats(self) -> None:
-        """Set mean 0, variance 1 and every count 0, in every domain."""
+        """Set mean 0, variance 1 and every count 0, in every domain; frozen statistics stay as they are."""
+        if self.__dict__.get("frozen_statistics"):
+            return
         holders: list[nn.Module] = [self, *getattr(self._modules.get("domains"), "children", list)()]
         for holder in holders:
             for name, buffer in holder._buffers.items():
@@ -423,6 +441,8 @@ class Layer(nn.Module):
             ):
                 self.add_domain(key[len(start) :].split(".")[0])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if f"{prefix}running_mean" in state_dict:
+            _restart_counts(self._buffers)
 
     def freeze_affine(self, frozen: bool) -> None:
         """Stop gamma and beta from learning, or let them learn.

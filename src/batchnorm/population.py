@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,12 @@ class Tracking(NamedTuple):
     skip_nonfinite: bool = True
 
 
+def _no_grad() -> AbstractContextManager:
+    # in a graph nothing here has a derivative anyway, and an exported program with a change of mode in it
+    # can be saved but not loaded
+    return nullcontext() if torch.compiler.is_compiling() else torch.no_grad()
+
+
 def commit(tracking: Tracking, count: int | Tensor, mean: Tensor, var: Tensor) -> None:
     """Move running statistics toward those of one batch, in place.
 
@@ -62,7 +69,7 @@ def commit(tracking: Tracking, count: int | Tensor, mean: Tensor, var: Tensor) -
         The batch's mean and variance (divisor m).
     """
     running_mean, running_var = tracking.running_mean, tracking.running_var
-    with torch.no_grad():
+    with _no_grad():
         mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
         counts = torch.as_tensor(count, device=mean.device)
         batch_counts = counts > 1
@@ -101,7 +108,7 @@ def count_empty(tracking: Tracking) -> None:
     tracking : Tracking
         Whose counts move.
     """
-    with torch.no_grad():
+    with _no_grad():
         if tracking.num_batches_tracked is not None:
             tracking.num_batches_tracked.add_(1)
             if tracking.skipped_channels is not None:

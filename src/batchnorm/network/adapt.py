@@ -33,8 +33,10 @@ class _Blender:
     def observe(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         z = args[0] if args else kwargs["input"]
         mask = kwargs.get("mask", args[2] if len(args) > 2 else None)
+        if z.dim() < 2 or not z.is_floating_point():
+            return  # the layer itself says what is wrong
         axis = channel_axis(z.dim(), getattr(layer, "channel_dim", 1))
-        if values_per_channel(z.shape, axis) == 0:
+        if z.shape[axis] != len(self.mean) or values_per_channel(z.shape, axis) == 0:
             return
         wide = z.detach().to(aten.compute_dtype(z))
         keep = None if mask is None else spread_mask(mask, z, axis)
