@@ -239,12 +239,13 @@ def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[View, dict[int, set
             entry[1].escape = "returned by the model"
             view.returned.append(entry[1])
     out = {id(tensor) for tensor in returned}
-    alive = [value for ref, value in seen.known.values() if ref() is not None and id(ref()) not in out]
+    made = [(ref, value) for ref, value in seen.known.values() if value.producer is not None]
+    alive = [ref for ref, _ in made if ref() is not None and id(ref()) not in out]
     if alive:
         gc.collect()
-    for ref, value in seen.known.values():
+    for ref, value in made:
         tensor = ref()
-        if tensor is not None and id(tensor) not in out and value.producer is not None:
+        if tensor is not None and id(tensor) not in out:
             value.escape = value.escape or "kept by something after the call"
         del tensor
     return view, seen.reads, result
