@@ -638,6 +638,7 @@ def look(name: str) -> dict[str, Any]:
         "moved": sum(isinstance(m, Layer) for m in fast.modules()),
         "pairs": activations_after_norms(reference, inputs),
         "fused": sum(row.detail.split(" in ")[0].rpartition(" -> ")[2] not in ("", "add") for row in rows),
+        "unseen": [(row.path, row.reason) for row in rows if row.action == "accelerated" and row.reason],
         "sums": sum("add" in row.detail.split(" in ")[0] for row in rows),
         "training": difference(answers(fast, double, True), answers(exact, double, True)),
         "eval": difference(answers(fast, double, False), answers(exact, double, False)),
@@ -650,3 +651,76 @@ def look(name: str) -> dict[str, Any]:
     result["folded"] = counts.get("folded", 0)
     result["left"] = [(row.path, row.reason) for row in batchnorm.record(folded).left_alone]
     return result
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The page of the zoo."""
+    lines = [
+        "# The zoo",
+        "",
+        f"{len(results)} architectures with batch norm of the `transformers` package "
+        f"({t.__version__}), made small, with random weights and with running statistics, gamma and beta drawn at random. "
+        "Each went through `accelerate` and through `fold`, and was compared with itself as given.",
+        "",
+        "- **norms**: batch norms of `torch.nn` found, all moved to ours by `accelerate`; **+ n frozen**: lookalikes "
+        "with four buffers, which `accelerate` has no business with and `fold` folds.",
+        "- **pairs**: activations that, in a real run, stand behind a norm, or behind a sum with a norm's output; "
+        "**in one call**: of these, called together with their norm after `accelerate`; **sums**: residual sums that "
+        "are part of such a call.",
+        "- **training**: largest difference of outputs, gradients and statistics between the accelerated and the given "
+        "network in training mode, float64, each tensor on the scale of its largest value. What is there is rounding: "
+        "in a small network in training mode a few values per channel amplify it.",
+        "- **folded**: norms folded by `fold`; **eval**: largest difference of the folded network's outputs, float32, on "
+        "the scale of the largest output.",
+        "",
+        "Made by `python tests/network/zoo.py docs/zoo.md`; `tests/network/test_zoo.py` holds every row.",
+        "",
+        "| architecture | norms | pairs | in one call | sums | training | folded | eval |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    total = dict.fromkeys(("found", "frozen", "moved", "pairs", "fused", "sums", "folded"), 0)
+    left = []
+    for name, r in results.items():
+        for key in total:
+            total[key] += r[key]
+        frozen = f" + {r['frozen']} frozen" if r["frozen"] else ""
+        lines.append(
+            f"| {name} | {r['found']}{frozen} | {r['pairs']} | {r['fused']} | {r['sums']} | {r['training']:.0e} "
+            f"| {r['folded']} of {r['found'] + r['frozen']} | {r['fold']:.0e} |"
+        )
+        left += [(name, path, reason) for path, reason in r["left"]]
+    lines += [
+        f"| **all** | {total['found']} + {total['frozen']} frozen | {total['pairs']} | {total['fused']} "
+        f"({total['fused'] / total['pairs']:.0%}) | {total['sums']} | | {total['folded']} of "
+        f"{total['found'] + total['frozen']} ({total['folded'] / (total['found'] + total['frozen']):.0%}) | |",
+        "",
+        "## Not in one call, because a forward cannot be followed",
+        "",
+        "| architecture | norms | first reason |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {len(r['unseen'])} | {r['unseen'][0][1].replace('|', '/')} |"
+            for name, r in results.items()
+            if r["unseen"] and r["fused"] < r["pairs"]
+        ),
+        "",
+        "## Not folded, and why",
+        "",
+        "| architecture | norm | reason |",
+        "|---|---|---|",
+        *(f"| {name} | `{path}` | {reason} |" for name, path, reason in left),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    import sys
+    import warnings
+    from pathlib import Path
+
+    warnings.simplefilter("ignore")
+    seen = {}
+    for name in ZOO:
+        seen[name] = look(name)
+        print(name, {k: v for k, v in seen[name].items() if k not in ("left", "unseen")}, flush=True)
+    Path(sys.argv[1]).write_text(table(seen))

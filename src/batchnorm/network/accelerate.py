@@ -157,7 +157,7 @@ def _fuse_all(model: nn.Module, undo: list[Callable[[], object]], told: Record) 
     for path, layer in model.named_modules():
         if isinstance(layer, Layer):
             detail = fused.get(id(layer), "")
-            if not detail and type(layer)._then_children if hasattr(layer, "_then_children") else False:
+            if not detail and getattr(type(layer), "_then_children", False):
                 detail = "with its own activation"
             above = [refused[p] for p in _above(path) if p in refused][:1]
             told.add(
@@ -185,7 +185,8 @@ def _install(module: nn.Module, result: Rewriting, undo: list[Callable[[], objec
 
 def _unfuse(model: nn.Module, undo: list[Callable[[], object]]) -> None:
     for module in model.modules():
-        plans, kind = module.__dict__.pop(PLANS, None), type(module)
+        plans = module.__dict__.pop(PLANS, None)
+        kind: type[nn.Module] = type(module)
 
         def back(module: nn.Module = module, plans: Any = plans, kind: type[nn.Module] = kind) -> None:
             module.__class__ = kind
@@ -195,7 +196,7 @@ def _unfuse(model: nn.Module, undo: list[Callable[[], object]]) -> None:
         if plans is not None:
             undo.append(back)
             if isinstance(module, Fused):
-                module.__class__ = module._fused_from
+                module.__class__ = module._fused_from  # type: ignore[assignment]
 
 
 def _inside_out(model: nn.Module) -> Iterator[nn.Module]:
@@ -260,7 +261,7 @@ def _answers(model: nn.Module, example: Any, training: bool) -> dict[str, Tensor
         outputs = list(_tensors(call_with(model, copy.deepcopy(example))))
         parts = [o.float().square().mean() for o in outputs if o.requires_grad and o.is_floating_point()]
         if parts:
-            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack(parts).sum().backward()
     found = {f"outputs[{i}]": o.detach() for i, o in enumerate(outputs)}
     found |= {f"gradients of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     persistent = set(model.state_dict())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ OURS: dict[type[nn.Module], type[Layer]] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
-TORCH = {ours: theirs for theirs, ours in OURS.items()}
+TORCH: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in OURS.items()}
 # options of ours that change what a layer computes, with the value under which it computes what torch does
 PLAIN = {"activation": None, "channel_dim": 1, "virtual_batch_size": None, "running_var_correction": 1}
 _BUFFERS = ("num_batches_skipped", "skipped_channels")
@@ -80,6 +81,10 @@ class _NormThenChildren(Adopted):
         return y
 
 
+def _once(make: Callable[..., type[nn.Module]]) -> Callable[..., type[nn.Module]]:
+    return functools.cache(make)
+
+
 def _remake(origin: type[nn.Module], then_children: bool) -> nn.Module:
     made = ours_for(origin, then_children)
     return made.__new__(made)
@@ -101,7 +106,7 @@ def torch_base(cls: type) -> type[nn.Module] | None:
     return next((base for base in OURS if issubclass(cls, base)), None)
 
 
-@functools.cache
+@_once
 def ours_for(cls: type[nn.Module], then_children: bool = False) -> type[nn.Module]:
     """The class of ours that serves in the place of a class of torch, or of one derived from it.
 
@@ -275,7 +280,9 @@ def _likeness(layer: nn.Module) -> tuple[Any, ...]:
     plain = {k: v for k, v in layer.__dict__.items() if isinstance(v, (bool, int, float, str, type(None)))}
     for name in ("num_features", "training"):
         plain.pop(name, None)
-    present = tuple(k for table in (layer._parameters, layer._buffers) for k, v in table.items() if v is not None)
+    present = tuple(
+        k for table in (layer._parameters, layer._buffers) for k, v in table.items() if v is not None
+    )
     children = tuple((name, type(child), repr(child)) for name, child in layer._modules.items())
     return (type(layer), tuple(sorted(plain.items(), key=str)), present, children)
 

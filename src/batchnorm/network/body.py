@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from batchnorm.network.untouched import same_hooks
+
 # a forward that asks these answers otherwise the next time
 _CHANGING = frozenset(["is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_inference"])
 _PLAIN = (
@@ -199,7 +201,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, decisions: list[bool], steps: tuple[FunctionType, ...]) -> None:
-        super().__init__(autowrap_modules=(), autowrap_functions=steps)
+        super().__init__(autowrap_modules=(), autowrap_functions=steps)  # type: ignore[arg-type]
         self.decisions, self.decided = decisions, 0
         self.required: list[str] = []
         self.defaults: dict[str, Any] = {}
@@ -323,7 +325,7 @@ def follow_body(module: nn.Module) -> Body:
     while True:
         reads, tracer = _Reads(paths), _Tracer(decisions, steps)
         try:
-            with _watched(reads), _same_random_numbers():
+            with _watched(reads), _same_random_numbers(), same_hooks(module):
                 graph = tracer.trace(module)
             break
         except Refused:
@@ -392,8 +394,8 @@ def _watched(reads: _Reads) -> Iterator[None]:
             raise Refused(f"its forward sets {name!r}")
         plain_set(module, name, value)
 
-    nn.Module.__getattribute__ = reading  # type: ignore[method-assign]
-    nn.Module.__setattr__ = setting  # type: ignore[method-assign]
+    nn.Module.__getattribute__ = reading  # type: ignore[method-assign, assignment]
+    nn.Module.__setattr__ = setting  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

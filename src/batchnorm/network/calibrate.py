@@ -147,7 +147,8 @@ class _Meter:
     def __init__(self, layer: _BatchNorm, path: str, estimator: Estimator, momentum: float) -> None:
         self.layer, self.path = layer, path
         self.estimator, self.momentum = estimator, momentum
-        self.mean_buffer, self.var_buffer = layer.running_mean, layer.running_var
+        self.mean_buffer: Tensor = layer._buffers["running_mean"]  # type: ignore[assignment]
+        self.var_buffer: Tensor = layer._buffers["running_var"]  # type: ignore[assignment]
         self.correction = int(getattr(layer, "running_var_correction", 1))
         device = torch.device("cpu") if self.mean_buffer.device.type == "mps" else self.mean_buffer.device
         self.count, self.mean, self.spread, self.var_weight = (
@@ -286,7 +287,7 @@ def _meters(model: nn.Module, estimator: Estimator, momentum: float, told: Recor
             continue
         if layer.running_mean is None or layer.running_var is None:
             told.leave(path, _kind(layer), "keeps no running statistics", tool="calibrate")
-        elif isinstance(layer.running_mean, nn.parameter.UninitializedTensorMixin):
+        elif isinstance(layer, nn.modules.lazy.LazyModuleMixin):
             told.leave(path, _kind(layer), "is lazy and has not seen its first batch", tool="calibrate")
         elif getattr(layer, "frozen_statistics", False):
             told.leave(path, _kind(layer), "frozen", tool="calibrate")
@@ -339,7 +340,7 @@ def _batch_statistics_mode(model: nn.Module, meters: Mapping[nn.Module, _Meter])
 
 
 @contextlib.contextmanager
-def _progress(data: Iterable, wanted: bool) -> Iterator[Iterable]:
+def _progress(data: Any, wanted: bool) -> Iterator[Iterable]:
     console = Console(stderr=True)
     if not (wanted and console.is_terminal):
         yield data

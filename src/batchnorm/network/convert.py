@@ -30,7 +30,12 @@ _INSTANCE = {
     nn.BatchNorm2d: nn.InstanceNorm2d,
     nn.BatchNorm3d: nn.InstanceNorm3d,
 }
-_OF_AXES = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_OF_AXES: dict[Any, type[nn.Module]] = {
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
 # options of ours that say what to do in a case where torch's layer has no choice
 _OPTIONS = ("on_single_value", "on_nonfinite")
 _SMALL = "the statistics of a sample do not depend on how few others are in its batch"
@@ -179,7 +184,7 @@ def _is_frozen(module: nn.Module) -> bool:
     return isinstance(module, FrozenBatchNorm) or (is_frozen_lookalike(module) and not module._parameters)
 
 
-def _freeze(layer: nn.Module) -> str | None:
+def _freeze(layer: Any) -> str | None:
     if _is_frozen(layer):
         return None
     if layer.running_mean is None or layer.running_var is None:
@@ -204,7 +209,7 @@ def _freeze(layer: nn.Module) -> str | None:
     return layer.__class__.__name__
 
 
-def _thaw(layer: nn.Module, finder: _Finder) -> None:
+def _thaw(layer: Any, finder: _Finder) -> None:
     before = layer.__dict__.pop(_BEFORE, None)
     affine = {name: layer._buffers.pop(name) for name in _AFFINE}
     if before is not None:
@@ -221,7 +226,7 @@ def _thaw(layer: nn.Module, finder: _Finder) -> None:
         return
     layer._buffers.update(affine)
     eps = _eps_of(layer)
-    base = finder.batch_norm_class()
+    base: Any = finder.batch_norm_class()
     foreign = type(layer)
     for name in _AFFINE:
         layer._parameters[name] = nn.Parameter(layer._buffers.pop(name))
@@ -234,7 +239,7 @@ def _thaw(layer: nn.Module, finder: _Finder) -> None:
     layer.__class__ = base
 
 
-def _eps_of(layer: nn.Module) -> float:
+def _eps_of(layer: Any) -> float:
     """Find by trial the eps with which a foreign frozen layer computes."""
     given = layer._buffers
     z = torch.linspace(-2, 2, 8, device=given["running_mean"].device, dtype=given["running_mean"].dtype)
@@ -286,7 +291,7 @@ def _small_batch(layer: nn.Module, to: str, groups: int, finder: _Finder) -> str
 class _Finder:
     """What can be known about the data that enters a layer."""
 
-    def __init__(self, model: nn.Module, path: str, layer: nn.Module, axes: dict[int, int]) -> None:
+    def __init__(self, model: nn.Module, path: str, layer: Any, axes: dict[int, int]) -> None:
         self.model, self.path, self.layer = model, path, layer
         self.axes = axes.get(id(layer))
         self.before, self.options = type(layer), {}  # type: ignore[var-annotated]
@@ -299,7 +304,7 @@ class _Finder:
             if self.before.__name__.lower().endswith(digit):
                 return cls
         holder = self.model.get_submodule(self.path.rpartition(".")[0])
-        previous: nn.Module | None = None
+        previous: Any = None
         for child in holder.children():
             if child is self.layer:
                 break
@@ -307,7 +312,7 @@ class _Finder:
         channels = getattr(previous, "out_channels", getattr(previous, "out_features", None))
         if previous is not None and channels == self.layer.running_mean.numel():
             weight = previous.weight
-            return _OF_AXES[weight.ndim]  # type: ignore[index, union-attr]
+            return _OF_AXES[weight.ndim]
         raise _Impossible(
             "it does not say whether it is 1d, 2d or 3d: pass example=, one input of the network"
         )

@@ -209,7 +209,7 @@ def _load(
         layer.eps, layer.momentum = epsilon, 1 - momentum
         said = f"eps {epsilon:g}, momentum {1 - momentum:g} (the share kept was {momentum:g})"
         if hasattr(layer, "running_var_correction"):
-            layer.running_var_correction = 0
+            setattr(layer, "running_var_correction", 0)  # noqa: B010 - torch's class has no such attribute
             said += ", running_var with divisor m"
         else:
             said += "; trained on, running_var will have divisor m - 1: convert(model, to='batchnorm') has the switch"
@@ -263,7 +263,7 @@ def _values(layer: _BatchNorm, path: str, group: dict[str, Any], who: str) -> di
             continue
         array = torch.from_numpy(np.array(group[field], dtype=np.float64))
         if held is None:
-            if bool((array != neutral).any()):
+            if not bool((array == torch.full_like(array, neutral or 0.0)).all()):
                 raise ArgumentError(
                     f"{who}: the layer has no {field} to take the given one.",
                     mend="build it with affine=True.",

@@ -194,7 +194,9 @@ class Plan:
         self.required, self.defaults, self.tensors = required, defaults, tensors
         self.guards = tuple((_steps(path), tuple(name.split(".")), value) for path, name, value in guards)
         self.norms = tuple(map(_steps, norms))
-        self.elided = tuple((_steps(path), kind, name) for path, kind, name in elided)
+        self.elided: tuple[tuple[tuple[str, ...], type, str | None], ...] = tuple(
+            (_steps(path), kind, name) for path, kind, name in elided
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self  # it refers to modules by path alone
@@ -231,10 +233,10 @@ class Plan:
                 if not is_plain(norm) or has_hooks(norm):
                     return False
             for steps, kind, activation in self.elided:
-                elided = _walk(module, steps)
-                if type(elided) is not kind or has_hooks(elided):
+                skipped: nn.Module = _walk(module, steps)
+                if type(skipped) is not kind or has_hooks(skipped):
                     return False
-                if activation is not None and activation_name(elided, "", {}) != activation:
+                if activation is not None and activation_name(skipped, "", {}) != activation:
                     return False
         except (AttributeError, KeyError):
             return False
@@ -317,12 +319,16 @@ class Fused:
         return (_remake, (self._fused_from,), state)
 
 
+def _once(make: Callable[..., type[nn.Module]]) -> Callable[..., type[nn.Module]]:
+    return functools.cache(make)
+
+
 def _remake(origin: type[nn.Module]) -> nn.Module:
     made = fused_type(origin)
     return made.__new__(made)
 
 
-@functools.cache
+@_once
 def fused_type(origin: type[nn.Module]) -> type[nn.Module]:
     """The class of a module of class ``origin`` with plans.
 

@@ -226,11 +226,14 @@ def _sites(module: nn.Module, graph: fx.Graph, tails: dict[int, Tail]) -> Iterat
         yield site
 
 
+def _is_identity(module: nn.Module, node: fx.Node | None) -> bool:
+    child = _child(module, node)
+    return child is not None and type(child) is nn.Identity and not has_hooks(child)
+
+
 def _past_identity(module: nn.Module, value: fx.Node, site: Site) -> tuple[fx.Node | None, fx.Node]:
     user = _only_user(value)
-    while (
-        user is not None and type(_child(module, user)) is nn.Identity and not has_hooks(_child(module, user))
-    ):  # type: ignore[arg-type]
+    while user is not None and _is_identity(module, user):
         site.passed.append(user)
         value, user = user, _only_user(user)
     return user, value
@@ -385,10 +388,9 @@ def _copied(site: Site, nodes: dict[fx.Node, fx.Node]) -> Site:
 def _write(module: nn.Module, graph: fx.Graph, sites: list[Site]) -> None:
     """Put one call in the place of each site's."""
     for site in sites:
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        chain = sorted(
-            (n for n in [site.node, *site.passed, site.total, site.act] if n is not None), key=order.get
-        )  # type: ignore[arg-type]
+        order = dict(zip(graph.nodes, range(len(graph.nodes)), strict=True))
+        members = [n for n in [site.node, *site.passed, site.total, site.act] if n is not None]
+        chain = sorted(members, key=lambda node: order[node])
         residual = None
         if site.total is not None:
             residual = next(a for a in site.total.args if a not in chain)

@@ -9,6 +9,40 @@ from typing import Any
 from torch import fx, nn
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@contextmanager
+def same_hooks(model: nn.Module) -> Iterator[None]:
+    """Take away the hooks that a forward registers while it is looked at.
+
+    A model that registers hooks at its first call, and notes it in an attribute, would have them twice where
+    the attribute alone is put back.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its hooks, and those of every module in it, are on leaving what they were.
+    """
+    tables = [m.__dict__[name] for m in model.modules() for name in _HOOKS if name in m.__dict__]
+    saved = [(table, dict(table)) for table in tables]
+    try:
+        yield
+    finally:
+        for table, before in saved:
+            if table != before:
+                table.clear()
+                table.update(before)
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[dict[int, str]]:
     """Put back every attribute that a forward sets on a module while it is being followed.
@@ -45,7 +79,8 @@ def untouched(model: nn.Module) -> Iterator[dict[int, str]]:
                 note(item, name)
 
     try:
-        yield kept
+        with same_hooks(model):
+            yield kept
     finally:
         for m, attributes, tables in saved:
             for name, value in m.__dict__.items():
