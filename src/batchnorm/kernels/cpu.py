@@ -7,6 +7,7 @@ the pool of output buffers may keep idle (0: no pool).
 
 from __future__ import annotations
 
+import importlib
 import os
 from math import inf, nan
 from typing import Any, NamedTuple
@@ -19,13 +20,13 @@ from batchnorm.kernels import aten
 from batchnorm.kernels.contract import ACTIVATIONS, PIECEWISE_LINEAR, Backward, Engine, Forward
 from batchnorm.population import Tracking, commit
 
+absence: str | None = None
+_core: Any
 try:
-    from batchnorm import _core
+    # by name: it may not be there, and a type checker has no stub of it before it is built
+    _core = importlib.import_module("batchnorm._core")
 except ImportError as error:  # not built for this machine: the engine of torch operations serves
-    _core = None  # type: ignore[assignment]
-    absence: str | None = f"not built: {error}"
-else:
-    absence = None
+    _core, absence = None, f"not built: {error}"
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
