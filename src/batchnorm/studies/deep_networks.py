@@ -214,7 +214,7 @@ def answer(records: list[Record]) -> Answer:
         falls = {arm: _first_to_last(records, activation, arm, shown) for arm in ARMS}
         remarks.append(
             f"At the start, {shown} layers deep with {activation}, the first layer's gradient is "
-            f"{falls[True]:.2g} times the last hidden one's with, {falls[False]:.2g} times without."
+            f"{falls[True]:.3g} times the last hidden one's with, {falls[False]:.3g} times without."
         )
     return make_answer(findings, remarks)
 

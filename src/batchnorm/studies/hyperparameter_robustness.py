@@ -226,7 +226,17 @@ def plot(records: list[Record]) -> Figure:
         for row, (arm, label) in enumerate(ARMS.items()):
             panel = axes[row][column]
             grid = [[100 * _mean(records, kind, arm, rate, scale) for rate in rates] for scale in scales]
-            image = panel.pcolormesh(rates, scales, grid, cmap="gray", vmin=0, vmax=100, shading="nearest")
+            image = panel.pcolormesh(
+                rates,
+                scales,
+                grid,
+                cmap="gray",
+                vmin=0,
+                vmax=100,
+                shading="nearest",
+                edgecolors="face",
+                linewidth=0.3,
+            )
             dots = [
                 (rate, scale)
                 for scale in scales
