@@ -292,3 +292,29 @@ def test_a_real_network_is_seen_whole() -> None:
     chains = [chain_after(flow, norm) for _, norm in batch_norms(net)]
     assert len(chains) > 15
     assert all(chain.activation == "relu" for chain in chains)
+
+
+def test_symbols_in_places_where_torch_wants_numbers_are_an_error_and_no_crash() -> None:
+    class Counts(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(0, 0 + x.shape[1], device=self.conv.weight.device)
+            return self.bn(self.conv(x)) + places.sum()
+
+    net = Counts()
+    flow = find_flow(net)
+    assert "" in flow.unseen
+    assert _next_path(find_flow(net, torch.randn(1, 4, 4, 4)), net.conv) == {"bn"}
+
+
+def test_a_model_that_asks_whether_its_input_is_a_tensor_is_told_that_it_is() -> None:
+    class Asks(Block):
+        def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+            if isinstance(x, (list, tuple)):
+                x = x[0]
+            if not isinstance(x, Tensor):
+                raise TypeError("a tensor is needed")
+            return self.bn(self.conv(x))
+
+    net = Asks()
+    assert _next_path(find_flow(net), net.conv) == {"bn"}
+    assert "isinstance" not in globals()

@@ -13,7 +13,9 @@ import inspect
 import operator
 import sys
 import types
+import typing
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -55,15 +57,7 @@ def _unpacked(code: types.CodeType, place: int) -> int:
 
 
 class _TensorProxy(_Proxy):
-    """A proxy that ``isinstance(x, torch.Tensor)`` in a model's forward takes for a tensor."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor
-
-    def __getattr__(self, name: str) -> Any:
-        # what isinstance(x, torch.nn.Parameter) asks a tensor: no branch of the model's
-        return False if name == "_is_param" else super().__getattr__(name)
+    """A proxy that stands for a tensor."""
 
 
 class _ParameterProxy(_Proxy):
@@ -78,19 +72,42 @@ class _ParameterProxy(_Proxy):
         super().__init__(node, tracer)
         self.__dict__["tensor"] = tensor
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.nn.Parameter if isinstance(self.__dict__["tensor"], nn.Parameter) else torch.Tensor
-
     def __getattr__(self, name: str) -> Any:
-        if name == "_is_param":
-            return isinstance(self.__dict__["tensor"], nn.Parameter)
         if name in self._KNOWN or name in self._KNOWN_METHODS:
             return getattr(self.__dict__["tensor"], name)
         return super().__getattr__(name)
 
     def __len__(self) -> int:
         return len(self.__dict__["tensor"])
+
+
+def _isinstance(value: Any, kinds: Any) -> bool:
+    """What a forward gets for ``isinstance`` while it is followed: a symbol of a tensor is a tensor.
+
+    The symbols can't say so themselves, by ``__class__``: torch's C++ believes that, and crashes.
+    """
+    if issubclass(type(value), (_TensorProxy, _ParameterProxy)):
+        asked = kinds if type(kinds) is tuple else typing.get_args(kinds) or (kinds,)
+        stored = getattr(value, "__dict__", {}).get("tensor")
+        if any(isinstance(stored, kind) if stored is not None else kind is torch.Tensor for kind in asked):
+            return True
+    return isinstance(value, kinds)
+
+
+@contextmanager
+def _symbols_are_tensors(model: nn.Module) -> Iterator[None]:
+    """Give the files that hold the model's classes that ``isinstance``, and take it away again."""
+    names = {base.__module__ for m in model.modules() for base in type(m).__mro__}
+    names = {name for name in names if not name.startswith(("torch.", "builtins"))} | {nn.Module.__module__}
+    files = [vars(sys.modules[name]) for name in names if name in sys.modules]
+    files = [file for file in files if "isinstance" not in file]
+    for file in files:
+        file["isinstance"] = _isinstance
+    try:
+        yield
+    finally:
+        for file in files:
+            file.pop("isinstance", None)
 
 
 class _Ways:
@@ -375,7 +392,7 @@ def _graphs_of(
                 tracer = _Tracer(paths, tensors, scope, ways)
                 tracer.arguments = arguments
                 try:
-                    with untouched(scope) as kept:
+                    with untouched(scope) as kept, _symbols_are_tensors(scope):
                         graph = tracer.trace(scope)
                 except _Raised:
                     continue
