@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import batchnorm
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm.network.calibrate import calibrate
 from batchnorm.network.record import record
@@ -230,3 +231,37 @@ def test_large_inputs_are_read_in_slices(monkeypatch):
     x = torch.randn(11, 3, 5) + 100
     layer = calibrate(nn.BatchNorm1d(3), x)
     torch.testing.assert_close(layer.running_var, x.double().var((0, 2)).float())
+
+
+def test_inside_a_domain_it_is_the_domain_that_is_measured():
+    model = nn.Sequential(batchnorm.BatchNorm1d(3))
+    x = torch.randn(8, 3) + 4
+    with pytest.raises(DataError), batchnorm.domain("other"):
+        calibrate(model, [])
+    assert "domains" not in model[0]._modules
+    with batchnorm.domain("other"):
+        calibrate(model, x)
+    torch.testing.assert_close(model[0].domains["other"].running_mean, x.mean(0))
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
+
+
+def test_ours_with_a_mask_frozen_or_channels_last():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.frozen = batchnorm.BatchNorm1d(3, channel_dim=-1), batchnorm.BatchNorm1d(3)
+
+        def forward(self, x, mask):
+            return self.norm(x, mask=mask), self.frozen(x[:, 0])
+
+    model = Masked()
+    batchnorm.freeze(model.frozen)
+    x, mask = torch.randn(4, 5, 3), torch.rand(4, 5) < 0.6
+    x[~mask] = float("nan")
+    x[:, 0] = 1.0
+    mask[:, 0] = True
+    calibrate(model.train(), [{"x": x[:3], "mask": mask[:3]}, {"x": x[3:], "mask": mask[3:]}])
+    torch.testing.assert_close(model.norm.running_mean, x[mask].mean(0))
+    torch.testing.assert_close(model.norm.running_var, x[mask].var(0))
+    assert torch.equal(model.frozen.running_mean, torch.zeros(3))
+    assert record(model).reason("frozen") == "frozen"

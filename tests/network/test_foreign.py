@@ -59,17 +59,25 @@ def test_absent_gamma_and_beta_are_one_and_zero():
 
 
 def network():
-    return nn.ModuleDict({"stem": nn.BatchNorm2d(2), "head": nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))})
+    return nn.ModuleDict(
+        {"stem": nn.BatchNorm2d(2), "head": nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))}
+    )
 
 
 def test_a_network_by_names_nested_flat_or_in_order():
     stem, head = keras_arrays(2), keras_arrays(3)
     names = {"bn1": "stem", "top/bn2": "head.1"}
-    nested = {"bn1": stem, "top": {"bn2": head, "conv": {"kernel": np.ones(3)}}, "conv": {"kernel": 1, "bias": 2}}
+    nested = {
+        "bn1": stem,
+        "top": {"bn2": head, "conv": {"kernel": np.ones(3)}},
+        "conv": {"kernel": 1, "bias": 2},
+    }
     flat = {f"bn1/{k}:0": v for k, v in stem.items()} | {f"top/bn2/{k}:0": v for k, v in head.items()}
     for weights, how in ((nested, names), (flat, names), (nested, "order")):
         model = load_keras(network(), weights, names=how)
-        torch.testing.assert_close(model["head"][1].running_var.numpy(), head["moving_variance"].astype(np.float32))
+        torch.testing.assert_close(
+            model["head"][1].running_var.numpy(), head["moving_variance"].astype(np.float32)
+        )
         torch.testing.assert_close(model["stem"].weight.detach().numpy(), stem["gamma"].astype(np.float32))
         assert model["stem"].eps == 1e-3
 

@@ -659,18 +659,18 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "# The zoo",
         "",
         f"{len(results)} architectures with batch norm of the `transformers` package "
-        f"({t.__version__}), made small, with random weights and with running statistics, gamma and beta drawn at random. "
+        f"({t.__version__}), made small, with random weights, running statistics, gamma and beta. "
         "Each went through `accelerate` and through `fold`, and was compared with itself as given.",
         "",
         "- **norms**: batch norms of `torch.nn` found, all moved to ours by `accelerate`; **+ n frozen**: lookalikes "
-        "with four buffers, which `accelerate` has no business with and `fold` folds.",
+        "with four buffers, which `fold` folds and `accelerate` leaves.",
         "- **pairs**: activations that, in a real run, stand behind a norm, or behind a sum with a norm's output; "
         "**in one call**: of these, called together with their norm after `accelerate`; **sums**: residual sums that "
         "are part of such a call.",
-        "- **training**: largest difference of outputs, gradients and statistics between the accelerated and the given "
-        "network in training mode, float64, each tensor on the scale of its largest value. What is there is rounding: "
+        "- **training**: largest difference of outputs, gradients and statistics between accelerated and given "
+        "network in training mode, float64, each tensor on the scale of its largest value. It is rounding: "
         "in a small network in training mode a few values per channel amplify it.",
-        "- **folded**: norms folded by `fold`; **eval**: largest difference of the folded network's outputs, float32, on "
+        "- **folded**: norms folded; **eval**: largest difference of the folded network's outputs, float32, on "
         "the scale of the largest output.",
         "",
         "Made by `python tests/network/zoo.py docs/zoo.md`; `tests/network/test_zoo.py` holds every row.",

@@ -12,8 +12,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.domain import active_domain
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm.layout import channel_axis
+from batchnorm.modules import Layer
 from batchnorm.network.batches import move_to, run_batch, single_device
 from batchnorm.network.record import Record, write_record
 from batchnorm.population import merge
@@ -90,6 +92,8 @@ def calibrate(
     per channel in all. A layer called several times in one pass counts every call. A channel of a batch
     that holds NaN or inf does not count. Of an input with a ``mask`` only the values under it count.
 
+    Inside ``with batchnorm.domain(name)`` it is the statistics of that domain that are collected.
+
     On several ranks every rank computes its own; give every rank the same data.
 
     References
@@ -118,37 +122,44 @@ def calibrate(
             why="it is the weight of the new batch; 0 would never look at the data.",
         )
     told = Record()
-    meters = _meters(model, estimator, momentum, told)
-    device = single_device(model)
-    if isinstance(data, Tensor):
-        data = [data]
-    batches = 0
-    with _batch_statistics_mode(model, meters), _progress(data, progress) as stream:
-        for batch in stream:
-            if forward is not None:
-                forward(model, batch)
-            else:
-                run_batch(model, batch if device is None else move_to(batch, device), "calibrate")
-            batches += 1
-    if not batches:
-        raise DataError(
-            "calibrate: the data holds no batch.",
-            why="there is nothing to take statistics from.",
-            mend="give an iterable of batches; a generator that was read once is empty the second time.",
-        )
+    begun: list[Layer] = []
+    try:
+        meters = _meters(model, estimator, momentum, told, begun)
+        device = single_device(model)
+        batches = 0
+        stream: Any = [data] if isinstance(data, Tensor) else data
+        with _batch_statistics_mode(model, meters), _progress(stream, progress) as stream:
+            for batch in stream:
+                if forward is not None:
+                    forward(model, batch)
+                else:
+                    run_batch(model, batch if device is None else move_to(batch, device), "calibrate")
+                batches += 1
+        if not batches:
+            raise DataError(
+                "calibrate: the data holds no batch.",
+                why="there is nothing to take statistics from.",
+                mend="give an iterable of batches; a generator that was read once is empty the second time.",
+            )
+    except BaseException:
+        _forget(begun)
+        raise
     for meter in meters.values():
         meter.commit(told)
+    _forget([layer for layer in begun if not meters[layer].calls])
     return write_record(model, told)
 
 
 class _Meter:
     """What one layer saw so far, in float64."""
 
-    def __init__(self, layer: _BatchNorm, path: str, estimator: Estimator, momentum: float) -> None:
-        self.layer, self.path = layer, path
+    def __init__(
+        self, layer: _BatchNorm, holder: nn.Module, path: str, estimator: Estimator, momentum: float
+    ) -> None:
+        self.layer, self.holder, self.path = layer, holder, path
         self.estimator, self.momentum = estimator, momentum
-        self.mean_buffer: Tensor = layer._buffers["running_mean"]  # type: ignore[assignment]
-        self.var_buffer: Tensor = layer._buffers["running_var"]  # type: ignore[assignment]
+        self.mean_buffer: Tensor = holder._buffers["running_mean"]  # type: ignore[assignment]
+        self.var_buffer: Tensor = holder._buffers["running_var"]  # type: ignore[assignment]
         self.correction = int(getattr(layer, "running_var_correction", 1))
         device = torch.device("cpu") if self.mean_buffer.device.type == "mps" else self.mean_buffer.device
         self.count, self.mean, self.spread, self.var_weight = (
@@ -165,8 +176,8 @@ class _Meter:
         count, mean, m2 = (value.to(self.mean.device) for value in (count, mean, m2))
         # an empty batch has no mean; its output is empty too, so that any will do
         var = m2 / count.clamp(min=1)
-        layer._buffers["running_mean"] = mean.to(self.mean_buffer)
-        layer._buffers["running_var"] = var.to(self.var_buffer)
+        self.holder._buffers["running_mean"] = mean.to(self.mean_buffer)
+        self.holder._buffers["running_var"] = var.to(self.var_buffer)
         finite = torch.isfinite(mean) & torch.isfinite(m2)
         self.skipped += ~finite
         self.calls += 1
@@ -229,7 +240,7 @@ class _Meter:
             ("num_batches_skipped", None),
             ("skipped_channels", self.skipped),
         ):
-            counter = self.layer._buffers.get(name)
+            counter = self.holder._buffers.get(name)
             if counter is None:
                 continue
             if value is None:
@@ -278,11 +289,13 @@ def _kind(layer: nn.Module) -> str:
     return type(layer).__name__
 
 
-def _meters(model: nn.Module, estimator: Estimator, momentum: float, told: Record) -> dict[nn.Module, _Meter]:
+def _meters(
+    model: nn.Module, estimator: Estimator, momentum: float, told: Record, begun: list[Layer]
+) -> dict[nn.Module, _Meter]:
     """One meter for each layer that is to be measured; the others go into the record."""
     meters: dict[nn.Module, _Meter] = {}
     frozen = _put_in_eval(model)
-    for path, layer in model.named_modules():
+    for path, layer in list(model.named_modules()):
         if not isinstance(layer, _BatchNorm):
             continue
         if layer.running_mean is None or layer.running_var is None:
@@ -296,8 +309,26 @@ def _meters(model: nn.Module, estimator: Estimator, momentum: float, told: Recor
                 path, _kind(layer), "in eval mode inside a module in training mode: frozen", tool="calibrate"
             )
         else:
-            meters[layer] = _Meter(layer, path, estimator, momentum)
+            meters[layer] = _Meter(layer, _holder(layer, begun), path, estimator, momentum)
     return meters
+
+
+def _holder(layer: _BatchNorm, begun: list[Layer]) -> nn.Module:
+    """Whose buffers are meant: the layer's own, or those of the domain in force."""
+    name = active_domain()
+    if name is None or not isinstance(layer, Layer):
+        return layer
+    if name not in layer._modules.get("domains", {}):
+        begun.append(layer)
+    return layer.add_domain(name)
+
+
+def _forget(begun: list[Layer]) -> None:
+    """Take back domains that were begun for nothing."""
+    for layer in begun:
+        del layer.domains[str(active_domain())]
+        if not layer.domains:
+            del layer.domains
 
 
 def _put_in_eval(model: nn.Module) -> set[nn.Module]:
@@ -332,9 +363,9 @@ def _batch_statistics_mode(model: nn.Module, meters: Mapping[nn.Module, _Meter])
     finally:
         for handle in handles:
             handle.remove()
-        for layer, meter in meters.items():
-            layer._buffers["running_mean"] = meter.mean_buffer
-            layer._buffers["running_var"] = meter.var_buffer
+        for meter in meters.values():
+            meter.holder._buffers["running_mean"] = meter.mean_buffer
+            meter.holder._buffers["running_var"] = meter.var_buffer
         for module, mode in modes:
             module.training = mode
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import fx, nn
 
-
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
