@@ -9,7 +9,14 @@ from batchnorm.data import ImageData
 from batchnorm.errors import DataError
 from batchnorm.studies.ensemble import ConvEnsemble, MLPEnsemble
 from batchnorm.studies.sequences import SequenceEnsemble
-from batchnorm.studies.training import EnsembleOptimizer, accuracy, mean_loss, mini_batches, train
+from batchnorm.studies.training import (
+    EnsembleOptimizer,
+    accuracy,
+    batch_statistics,
+    mean_loss,
+    mini_batches,
+    train,
+)
 
 SIZES = (4, 6, 5, 3)
 
@@ -190,3 +197,20 @@ def test_padding_reaches_the_outputs_only_through_the_statistics(masked):
     assert torch.allclose(short, long, atol=1e-5) == masked
     networks.eval()
     torch.testing.assert_close(networks(x, padding=0), networks(x, padding=9), atol=1e-5, rtol=1e-4)
+
+
+def test_looking_with_batch_statistics_leaves_the_moving_averages_and_the_mode():
+    networks = MLPEnsemble(SIZES, [0], places={"before"}, momentum=None).train()
+    x = torch.randn(1, 12, 4)
+    networks(x)
+    before = {name: value.clone() for name, value in networks.state_dict().items()}
+    networks.eval()
+    with pytest.raises(RuntimeError), batch_statistics(networks):
+        networks(torch.randn(1, 12, 7))  # of the wrong width, in the second product
+    assert not networks.training
+    assert networks.norms["before0"].momentum is None
+    for name, value in networks.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with batch_statistics(networks):
+        by_batch = networks(100 * x)
+    assert not torch.allclose(by_batch, networks(100 * x), atol=1e-3)
