@@ -627,12 +627,19 @@ def look(name: str) -> dict[str, Any]:
     model, inputs = build(name)
     reference = copy.deepcopy(model)
     double = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    exact, fast = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    wide = True
+    try:
+        copy.deepcopy(model).double()(**double)
+    except RuntimeError:
+        # some make float32 tensors in their forward
+        wide, double = False, inputs
+    exact, fast = (copy.deepcopy(model).double() if wide else copy.deepcopy(model) for _ in range(2))
     found = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     frozen = [m for m in model.modules() if is_frozen_lookalike(m)]
     batchnorm.accelerate(fast)
     rows = batchnorm.record(fast)
     result: dict[str, Any] = {
+        "wide": wide,
         "found": len(found),
         "frozen": len(frozen),
         "moved": sum(isinstance(m, Layer) for m in fast.modules()),
@@ -668,7 +675,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "**in one call**: of these, called together with their norm after `accelerate`; **sums**: residual sums that "
         "are part of such a call.",
         "- **training**: largest difference of outputs, gradients and statistics between accelerated and given "
-        "network in training mode, float64, each tensor on the scale of its largest value. It is rounding: "
+        "network in training mode, float64 (float32 where marked), each tensor on the scale of "
+        "its largest value. It is rounding: "
         "in a small network in training mode a few values per channel amplify it.",
         "- **folded**: norms folded; **eval**: largest difference of the folded network's outputs, float32, on "
         "the scale of the largest output.",
@@ -685,7 +693,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             total[key] += r[key]
         frozen = f" + {r['frozen']} frozen" if r["frozen"] else ""
         lines.append(
-            f"| {name} | {r['found']}{frozen} | {r['pairs']} | {r['fused']} | {r['sums']} | {r['training']:.0e} "
+            f"| {name} | {r['found']}{frozen} | {r['pairs']} | {r['fused']} | {r['sums']} | {r['training']:.0e}"
+            f"{'' if r['wide'] else ' (float32)'} "
             f"| {r['folded']} of {r['found'] + r['frozen']} | {r['fold']:.0e} |"
         )
         left += [(name, path, reason) for path, reason in r["left"]]
