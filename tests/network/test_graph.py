@@ -316,3 +316,19 @@ def test_a_model_that_asks_whether_its_input_is_a_tensor_is_told_that_it_is() ->
     net = Asks()
     assert _next_path(find_flow(net), net.conv) == {"bn"}
     assert "isinstance" not in globals()
+
+
+def test_no_global_hook_is_left_behind() -> None:
+    find_flow(Block(), torch.randn(1, 4, 4, 4))
+    assert not nn.modules.module._has_any_global_hook()
+
+
+def test_a_model_that_asks_by_is_tensor_is_told_too() -> None:
+    class Asks(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.conv(x)
+            return self.bn(z) if torch.is_tensor(z) else z
+
+    net = Asks()
+    assert _next_path(find_flow(net), net.conv) == {"bn"}
+    assert not torch.is_tensor(3)

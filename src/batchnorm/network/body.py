@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from batchnorm.network.claims import answering
 from batchnorm.network.untouched import same_hooks
 
 # a forward that asks these answers otherwise the next time
@@ -98,12 +98,12 @@ class Body:
 class _Proxy(fx.Proxy):
     """A value whose type the forward may ask for, where the answer is known."""
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.fx", "torch.overrides")):
-            return _Proxy
-        self.tracer.asked(self.node)  # type: ignore[attr-defined]
-        return Tensor
+
+def _claim(value: Any) -> type | None:
+    if not issubclass(type(value), _Proxy):
+        return None
+    value.tracer.asked(value.node)
+    return Tensor
 
 
 def _in_place(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,7 +325,8 @@ def follow_body(module: nn.Module) -> Body:
     while True:
         reads, tracer = _Reads(paths), _Tracer(decisions, steps)
         try:
-            with _watched(reads), _same_random_numbers(), same_hooks(module):
+            asking = answering([inspect.unwrap(forward).__module__], _claim)
+            with _watched(reads), _same_random_numbers(), same_hooks(module), asking:
                 graph = tracer.trace(module)
             break
         except Refused:

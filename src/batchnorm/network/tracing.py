@@ -13,15 +13,14 @@ import inspect
 import operator
 import sys
 import types
-import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from batchnorm.network.claims import answering
 from batchnorm.network.flow import Value, View, append_call, canonical, values_in
 from batchnorm.network.kinds import SHAPE_ONLY, has_hooks, is_leaf
 from batchnorm.network.untouched import put_back, snapshot, untouched
@@ -81,33 +80,17 @@ class _ParameterProxy(_Proxy):
         return len(self.__dict__["tensor"])
 
 
-def _isinstance(value: Any, kinds: Any) -> bool:
-    """What a forward gets for ``isinstance`` while it is followed: a symbol of a tensor is a tensor.
-
-    The symbols can't say so themselves, by ``__class__``: torch's C++ believes that, and crashes.
-    """
-    if issubclass(type(value), (_TensorProxy, _ParameterProxy)):
-        asked = kinds if type(kinds) is tuple else typing.get_args(kinds) or (kinds,)
-        stored = getattr(value, "__dict__", {}).get("tensor")
-        if any(isinstance(stored, kind) if stored is not None else kind is torch.Tensor for kind in asked):
-            return True
-    return isinstance(value, kinds)
+def _claim(value: Any) -> type | None:
+    kind = type(value)
+    if issubclass(kind, _ParameterProxy):
+        return nn.Parameter if isinstance(value.__dict__["tensor"], nn.Parameter) else torch.Tensor
+    return torch.Tensor if issubclass(kind, _TensorProxy) else None
 
 
-@contextmanager
-def _symbols_are_tensors(model: nn.Module) -> Iterator[None]:
-    """Give the files that hold the model's classes that ``isinstance``, and take it away again."""
+def _files(model: nn.Module) -> set[str]:
+    """Files that hold the code of a model's classes, torch's own left out."""
     names = {base.__module__ for m in model.modules() for base in type(m).__mro__}
-    names = {name for name in names if not name.startswith(("torch.", "builtins"))} | {nn.Module.__module__}
-    files = [vars(sys.modules[name]) for name in names if name in sys.modules]
-    files = [file for file in files if "isinstance" not in file]
-    for file in files:
-        file["isinstance"] = _isinstance
-    try:
-        yield
-    finally:
-        for file in files:
-            file.pop("isinstance", None)
+    return {name for name in names if not name.startswith(("torch.", "builtins"))}
 
 
 class _Ways:
@@ -392,7 +375,7 @@ def _graphs_of(
                 tracer = _Tracer(paths, tensors, scope, ways)
                 tracer.arguments = arguments
                 try:
-                    with untouched(scope) as kept, _symbols_are_tensors(scope):
+                    with untouched(scope) as kept, answering(_files(scope), _claim):
                         graph = tracer.trace(scope)
                 except _Raised:
                     continue

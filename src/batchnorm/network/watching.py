@@ -232,6 +232,8 @@ def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[View, dict[int, set
     finally:
         for handle in handles:
             handle.remove()
+            # torch forgets this part, and then takes a global hook to be there for ever
+            module_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
     returned = list(tensors_in(result))
     for tensor in returned:
         entry = seen.known.get(id(tensor))
