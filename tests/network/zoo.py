@@ -600,14 +600,20 @@ def answers(model: nn.Module, inputs: dict[str, Any], training: bool) -> dict[st
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest difference of two answers, each tensor on the scale of its largest value."""
+    """The largest difference of two answers, each tensor on the scale of its largest value.
+
+    A gradient that is zero but for rounding (a bias in front of a norm) is seen on the scale of the others.
+    """
     assert ours.keys() == theirs.keys()
-    worst = 0.0
+    gradients = [
+        float(v.double().abs().max()) for k, v in theirs.items() if k.startswith("gradient") and v.numel()
+    ]
+    floor, worst = 1e-3 * max(gradients, default=0.0), 0.0
     for name, expected in theirs.items():
         got = ours[name]
         assert got.shape == expected.shape, name
         if expected.numel():
-            scale = max(float(expected.double().abs().max()), 1e-6)
+            scale = max(float(expected.double().abs().max()), floor if name.startswith("gradient") else 1e-6)
             worst = max(worst, float((got.double() - expected.double()).abs().max()) / scale)
     return worst
 
@@ -676,7 +682,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "are part of such a call.",
         "- **training**: largest difference of outputs, gradients and statistics between accelerated and given "
         "network in training mode, float64 (float32 where marked), each tensor on the scale of "
-        "its largest value. It is rounding: "
+        "its largest value (a gradient not under a thousandth of the largest gradient). It is rounding: "
         "in a small network in training mode a few values per channel amplify it.",
         "- **folded**: norms folded; **eval**: largest difference of the folded network's outputs, float32, on "
         "the scale of the largest output.",
@@ -700,8 +706,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         left += [(name, path, reason) for path, reason in r["left"]]
     lines += [
         f"| **all** | {total['found']} + {total['frozen']} frozen | {total['pairs']} | {total['fused']} "
-        f"({total['fused'] / total['pairs']:.0%}) | {total['sums']} | | {total['folded']} of "
-        f"{total['found'] + total['frozen']} ({total['folded'] / (total['found'] + total['frozen']):.0%}) | |",
+        f"({total['fused'] / total['pairs']:.1%}) | {total['sums']} | | {total['folded']} of "
+        f"{total['found'] + total['frozen']} ({total['folded'] / (total['found'] + total['frozen']):.1%}) | |",
+        "",
+        "Deformable DETR samples its features at places that it computes, which magnifies the rounding of float32; "
+        "in float64 its folded network differs by 5e-13.",
         "",
         "## Not in one call, because a forward cannot be followed",
         "",

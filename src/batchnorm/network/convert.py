@@ -100,8 +100,8 @@ def convert(
     >>> import torch, batchnorm
     >>> from batchnorm.network.convert import convert
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
-    >>> convert(model, "sync")[1]
-    SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    >>> type(convert(model, "sync")[1]).__name__
+    'SyncBatchNorm'
     >>> type(convert(model, "batchnorm")[1]) is batchnorm.BatchNorm2d
     True
     """
