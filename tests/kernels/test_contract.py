@@ -78,10 +78,18 @@ def cases(draw: st.DrawFn, rows: int = 1) -> Case:
     dtype = draw(st.sampled_from(DTYPES))
     activation = draw(st.sampled_from([None, *ACTIVATIONS]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    order = draw(st.sampled_from(["contiguous", "channels_last", "strided", "batch_strided"])) if axis == 1 else "contiguous"
+    order = (
+        draw(st.sampled_from(["contiguous", "channels_last", "strided", "batch_strided"]))
+        if axis == 1
+        else "contiguous"
+    )
     z = _arrange(shape, order, generator, dtype) * draw(st.sampled_from([1.0, 3.0]))
     dy = _arrange(shape, draw(st.sampled_from(["contiguous", order])), generator, dtype)
-    residual = _arrange(shape, draw(st.sampled_from(["contiguous", order])), generator, dtype) if draw(st.booleans()) else None
+    residual = (
+        _arrange(shape, draw(st.sampled_from(["contiguous", order])), generator, dtype)
+        if draw(st.booleans())
+        else None
+    )
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     gamma = beta = None
     if draw(st.booleans()):
@@ -141,7 +149,17 @@ def test_forward_and_backward_agree_with_reference(engine: Engine, case: Case) -
     _close(y, want, dtype, acc, 4 * amplification)
 
     grads = engine.backward(
-        case.dy, z, axis, mean, inv_std, case.gamma, case.beta, case.activation, saved, True, case.residual is not None
+        case.dy,
+        z,
+        axis,
+        mean,
+        inv_std,
+        case.gamma,
+        case.beta,
+        case.activation,
+        saved,
+        True,
+        case.residual is not None,
     )
     dz, dgamma, dbeta, dresidual = reference.backward_training(
         _np(case.dy), _np(z), _np(case.gamma), _np(case.beta), EPS, channel_dim=axis, activation=case.activation,
@@ -181,7 +199,9 @@ def test_inference_agrees_with_reference(engine: Engine, case: Case, in_place: b
         assert y is target
     _close(y, want, z.dtype, acc, 8)
     if case.residual is None:
-        u = reference.forward_inference(_np(z), _np(mean), _np(var), _np(case.gamma), _np(case.beta), 1e-5, channel_dim=axis)
+        u = reference.forward_inference(
+            _np(z), _np(mean), _np(var), _np(case.gamma), _np(case.beta), 1e-5, channel_dim=axis
+        )
         if case.activation in (*PIECEWISE_LINEAR, "hardswish"):
             assume(min(np.abs(u - kink).min() for kink in (0.0, 6.0, 3.0, -3.0)) > 1e-5)
         grads = engine.backward(
@@ -215,7 +235,17 @@ def test_the_parts_make_the_whole(engine: Engine, case: Case) -> None:
         engine.normalize(z, axis, mean, inv_std, case.gamma, case.beta, case.residual, case.activation), y
     )
     fused = engine.backward(
-        case.dy, z, axis, mean, inv_std, case.gamma, case.beta, case.activation, saved, True, case.residual is not None
+        case.dy,
+        z,
+        axis,
+        mean,
+        inv_std,
+        case.gamma,
+        case.beta,
+        case.activation,
+        saved,
+        True,
+        case.residual is not None,
     )
     sums = engine.backward_reduce(
         case.dy, z, axis, mean, inv_std, case.gamma, case.beta, case.activation, saved
@@ -226,7 +256,11 @@ def test_the_parts_make_the_whole(engine: Engine, case: Case) -> None:
         case.dy, z, axis, mean, inv_std, case.gamma, case.beta, case.activation, saved, *sums, count,
         case.residual is not None,
     )  # fmt: skip
-    loose = {"rtol": 1e-2, "atol": 1e-2} if z.dtype in (torch.bfloat16, torch.float16) else {"rtol": 1e-4, "atol": 1e-5}
+    loose = (
+        {"rtol": 1e-2, "atol": 1e-2}
+        if z.dtype in (torch.bfloat16, torch.float16)
+        else {"rtol": 1e-4, "atol": 1e-5}
+    )
     torch.testing.assert_close(dz, fused.dz, **loose)
     torch.testing.assert_close(dresidual, fused.dresidual)
 
@@ -258,7 +292,9 @@ def test_running_statistics_move_as_population_says(
 ) -> None:
     z, axis = case.z.clone(), case.axis
     if poison is not None:
-        z.select(axis, 0)[...] = torch.where(torch.rand(z.select(axis, 0).shape) < 0.5, poison, 1.0).to(z.dtype)
+        z.select(axis, 0)[...] = torch.where(torch.rand(z.select(axis, 0).shape) < 0.5, poison, 1.0).to(
+            z.dtype
+        )
     c = z.shape[axis]
     own, plain = (_tracking(c, case.acc, momentum, correction, skip) for _ in range(2))
     _, mean, var, _, _ = engine.forward(z, axis, case.gamma, case.beta, EPS, None, case.activation, own)
@@ -283,7 +319,9 @@ def test_an_empty_batch_has_no_statistics_and_empty_gradients(engine: Engine, sh
 
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last", "NC"])
 @pytest.mark.parametrize("offset", [1e3, 1e6, -1e6])
-def test_a_large_mean_costs_no_more_than_rounding_of_the_mean(engine: Engine, layout: str, offset: float) -> None:
+def test_a_large_mean_costs_no_more_than_rounding_of_the_mean(
+    engine: Engine, layout: str, offset: float
+) -> None:
     z = torch.randn(16, 8, 12, 12) + offset
     if layout == "channels_last":
         z = z.contiguous(memory_format=torch.channels_last)
@@ -299,7 +337,9 @@ def test_a_large_mean_costs_no_more_than_rounding_of_the_mean(engine: Engine, la
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last", "NC"])
 def test_a_constant_input_gives_beta(engine: Engine, layout: str) -> None:
     z = torch.full((4, 5, 40, 40), 1e8)
-    z = {"NCHW": z, "channels_last": z.contiguous(memory_format=torch.channels_last), "NC": z.reshape(-1, 5)}[layout]
+    z = {"NCHW": z, "channels_last": z.contiguous(memory_format=torch.channels_last), "NC": z.reshape(-1, 5)}[
+        layout
+    ]
     beta = torch.linspace(-1, 1, 5)
     y, mean, var, _, _ = engine.forward(z, 1, torch.ones(5), beta, 1e-5, None, None, None)
     assert torch.equal(mean, torch.full((5,), 1e8))

@@ -1,0 +1,242 @@
+"""What only the C++ engine promises: the same bits for any number of threads, its pool, fork, and its switches."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from batchnorm.errors import ArgumentError
+from batchnorm.kernels import cpu
+from batchnorm.kernels.contract import ACTIVATIONS
+from batchnorm.population import Tracking
+
+pytestmark = pytest.mark.skipif(cpu.engine is None, reason=f"the C++ core is not there: {cpu.absence}")
+
+# every path through the core: planes by channel and by team, columns by strip and by sweep, rows side by side
+SHAPES = [
+    (2, 3, 70, 70),
+    (3, 2, 300, 300),
+    (40, 64, 8, 8),
+    (300, 8, 3, 3),
+    (17, 33, 7, 7),
+    (65, 48, 12, 12),
+    (2, 1, 257, 255),
+]
+ROWS = [(70000, 3), (4096, 65), (129, 1024), (1000, 513), (64, 128)]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _everything(z: torch.Tensor, dy: torch.Tensor, residual: torch.Tensor | None) -> list[torch.Tensor]:
+    c = z.shape[1]
+    gamma, beta = torch.linspace(0.5, 1.5, c), torch.linspace(-1, 1, c)
+    tracking = Tracking(torch.zeros(c), torch.ones(c), torch.tensor(0))
+    y, mean, var, inv_std, saved = cpu.engine.forward(z, 1, gamma, beta, 1e-5, residual, "relu", tracking)
+    grads = cpu.engine.backward(
+        dy, z, 1, mean, inv_std, gamma, beta, "relu", saved, True, residual is not None
+    )
+    found = [y, mean, var, inv_std, *grads, tracking.running_mean, tracking.running_var]
+    return [t for t in found if t is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES + ROWS, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(
+    shape: tuple[int, ...], dtype: torch.dtype, threads: None
+) -> None:
+    layouts = [torch.contiguous_format, torch.channels_last] if len(shape) == 4 else [torch.contiguous_format]
+    for layout in layouts:
+        z, dy, residual = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
+        for extra in (None, residual):
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(_everything(z, dy, extra))
+            for other in results[1:]:
+                for have, want in zip(other, results[0], strict=True):
+                    assert torch.equal(have, want)
+
+
+def test_parts_of_the_core_give_the_bits_of_the_fused_call() -> None:
+    z = torch.randn(9, 20, 30, 30)
+    y, mean, _, inv_std, _ = cpu.engine.forward(z, 1, None, None, 1e-5, None, "relu", None)
+    assert torch.equal(cpu.engine.batch_statistics(z, 1, None)[1], mean)
+    assert torch.equal(cpu.engine.normalize(z, 1, mean, inv_std, None, None, None, "relu"), y)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_offset_data_is_no_worse_than_torch_in_its_best_layout(channels_last: bool) -> None:
+    z = torch.randn(16, 8, 32, 32) + 1e6
+    want = z.double() - z.double().mean((0, 2, 3), keepdim=True)
+    want = want / (want.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+    theirs = torch.nn.functional.batch_norm(z, None, None, training=True)
+    if channels_last:
+        z = z.contiguous(memory_format=torch.channels_last)
+    ours = cpu.engine.forward(z, 1, None, None, 1e-5, None, None, None).y
+    assert float((ours.double() - want).abs().max()) <= float((theirs.double() - want).abs().max())
+
+
+def test_one_far_value_does_not_spoil_the_variance() -> None:
+    z = torch.randn(8, 2, 64, 64)
+    z[0, :, 0, 0] = 1e6  # the first value: what a shift by it would cancel against
+    for layout in (torch.contiguous_format, torch.channels_last):
+        var = cpu.engine.forward(
+            z.contiguous(memory_format=layout), 1, None, None, 1e-5, None, None, None
+        ).var
+        want = z.double().var((0, 2, 3), correction=0)
+        np.testing.assert_allclose(var.double().numpy(), want.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_right_to_a_few_units_in_the_last_place(activation: str) -> None:
+    from batchnorm.kernels.aten import activate
+
+    u = torch.cat(
+        [torch.linspace(-20, 20, 40001), torch.tensor([0.0, 1e-8, -1e-8, 87.5, -87.5, 200.0, -200.0])]
+    )
+    z = u.view(-1, 1)
+    y = cpu.engine.normalize(z, 1, torch.zeros(1), torch.ones(1), None, None, None, activation).flatten()
+    want = activate(u.double(), activation)
+    spacing = torch.from_numpy(np.spacing(want.abs().clamp(min=1e-30).float().numpy())).double()
+    error = (y.double() - want).abs()
+    # in the tails, where sigmoid and gelu are about 0, the error is small beside the input instead
+    assert bool((error <= torch.maximum(6 * spacing, 2e-7 * want.abs().clamp(max=1) + 1e-8)).all()), float(
+        error.max()
+    )
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    source = os.path.dirname(os.path.dirname(os.path.dirname(cpu.__file__)))
+    env = os.environ | {"PYTHONPATH": source} | environment
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_forked_child_computes_instead_of_waiting_for_threads_it_does_not_have() -> None:
+    done = _run(
+        """
+import os, warnings, torch
+from batchnorm.kernels import cpu
+warnings.simplefilter("ignore")
+torch.set_num_threads(2)
+z = torch.randn(32, 64, 32, 32)
+want = cpu.engine.forward(z, 1, None, None, 1e-5, None, "relu", None).y
+child = os.fork()
+if child == 0:
+    y = cpu.engine.forward(z, 1, None, None, 1e-5, None, "relu", None).y
+    # NumPy compares: torch itself would wait for its team
+    os._exit(0 if (y.numpy() == want.numpy()).all() else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+""",
+        OMP_NUM_THREADS="2",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_switches_are_read_at_import() -> None:
+    ask = "from batchnorm.kernels import cpu; i = cpu.info(); print(i['isa'], i['pool'] if i['pool'] == 'off' else i['pool']['limit'])"
+    assert _run(ask, BATCHNORM_ISA="baseline", BATCHNORM_POOL="0").stdout.split() == ["baseline", "off"]
+    assert _run(ask, BATCHNORM_POOL="3M").stdout.split()[1] == str(3 << 20)
+    refused = _run(ask, BATCHNORM_ISA="mmx")
+    assert refused.returncode != 0
+    assert "BATCHNORM_ISA='mmx'" in refused.stderr
+
+
+def test_a_pool_size_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="BATCHNORM_POOL"):
+        cpu._pool_limit("lots")
+
+
+@pytest.fixture
+def small_pool() -> Iterator[None]:
+    before = cpu._core.pool_statistics()["limit"]
+    cpu._core.pool_trim()
+    cpu.set_pool_limit(8 << 20)
+    yield
+    cpu.set_pool_limit(before)
+
+
+def _output(megabytes: int) -> torch.Tensor:
+    z = torch.randn(megabytes << 8, 1024)
+    return cpu.engine.normalize(z, 1, torch.zeros(1024), torch.ones(1024), None, None, None, None)
+
+
+def test_the_pool_uses_memory_again_and_keeps_no_more_than_its_limit(small_pool: None) -> None:
+    hits = cpu._core.pool_statistics()["hits"]
+    first = _output(3)
+    address = first.data_ptr()
+    del first
+    gc.collect()
+    assert _output(3).data_ptr() == address
+    assert cpu._core.pool_statistics()["hits"] > hits
+    several = [_output(3) for _ in range(6)]
+    assert cpu._core.pool_statistics()["used_bytes"] >= 18 << 20
+    del several
+    gc.collect()
+    assert 0 < cpu._core.pool_statistics()["idle_bytes"] <= 8 << 20
+
+
+def test_a_pooled_output_is_an_ordinary_tensor(small_pool: None) -> None:
+    y = _output(2)
+    copy = y.clone()
+    view = y[5:9]
+    assert torch.equal(pickle.loads(pickle.dumps(y)), copy)
+    del y
+    gc.collect()
+    _output(2).fill_(7)  # memory that a view still holds is not given to anyone else
+    assert torch.equal(view, copy[5:9])
+    shared = _output(2)
+    expected = shared.clone()
+    shared.share_memory_()
+    assert torch.equal(shared, expected)
+    assert shared.is_shared()
+    shared.resize_(10, 10)
+    leaf = _output(2).requires_grad_()
+    (leaf * 2).sum().backward()
+    assert leaf.grad is not None
+
+
+def test_without_a_pool_outputs_come_from_torch() -> None:
+    before = cpu._core.pool_statistics()["limit"]
+    try:
+        cpu.set_pool_limit(0)
+        used = cpu._core.pool_statistics()["used_bytes"]
+        y = _output(3)
+        assert cpu._core.pool_statistics()["used_bytes"] == used
+        assert cpu._core.pool_statistics()["idle_bytes"] == 0
+        assert y.shape == (768, 1024)
+    finally:
+        cpu.set_pool_limit(before)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements() -> None:
+    n = 2**31 + 2**20
+    z = torch.empty(n // 1024, 1024, dtype=torch.bfloat16)
+    z[: len(z) // 2] = 1.0
+    z[len(z) // 2 :] = 3.0
+    for view, axis in ((z, 1), (z.view(1, 4, -1), 1)):
+        _, mean, m2 = cpu.engine.batch_statistics(view, axis, None)
+        if axis == 1 and view.dim() == 2:
+            assert torch.equal(mean, torch.full((1024,), 2.0))
+            torch.testing.assert_close(m2, torch.full((1024,), float(len(z))))
+        else:
+            torch.testing.assert_close(mean, torch.tensor([1.0, 1.0, 3.0, 3.0]), atol=1e-3, rtol=1e-3)
+    mean, one = torch.full((1024,), 2.0), torch.ones(1024)
+    cpu.engine.normalize(z, 1, mean, one, None, None, None, "relu", out=z)
+    assert float(z[0].float().sum()) == 0.0
+    assert float(z[-1].float().sum()) == 1024.0
+    assert float(z[len(z) // 2 - 1].float().sum()) == 0.0
+    assert float(z[len(z) // 2].float().sum()) == 1024.0
