@@ -135,7 +135,7 @@ def test_frozen_layers_and_the_way_back():
     steps(layer, copy.deepcopy(layer), batches(""), {})
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_accumulate_around_compiled_calls(backend):
     layer = batchnorm.BatchNorm1d(3, momentum=None)
     eager = copy.deepcopy(layer)
@@ -150,8 +150,15 @@ def test_accumulate_around_compiled_calls(backend):
     assert_same_state(layer, eager)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("ghost", [None, 3])
+@pytest.mark.parametrize(
+    ("backend", "ghost"),
+    [
+        ("aot_eager", None),
+        ("aot_eager", 3),
+        ("inductor", None),
+        pytest.param("inductor", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_an_error_in_the_graph_is_the_eager_error_and_moves_nothing(backend, ghost):
     layer = batchnorm.BatchNorm1d(3, on_nonfinite="raise", virtual_batch_size=ghost)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
@@ -171,7 +178,9 @@ def test_an_error_in_the_graph_is_the_eager_error_and_moves_nothing(backend, gho
             assert torch.equal(buffer, before[name]), name
 
 
-@pytest.mark.parametrize("case", ["plain", "relu6 and residual", "ghost, mask, none"])
+@pytest.mark.parametrize(
+    "case", ["plain", "relu6 and residual", pytest.param("ghost, mask, none", marks=pytest.mark.slow)]
+)
 def test_inductor_gives_eager_numbers(case):
     options, arguments = CASES[case]
     layer = batchnorm.BatchNorm1d(3, **options)
