@@ -146,7 +146,10 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_switches_are_read_at_import() -> None:
-    ask = "from batchnorm.kernels import cpu; i = cpu.info(); print(i['isa'], i['pool'] if i['pool'] == 'off' else i['pool']['limit'])"
+    ask = (
+        "from batchnorm.kernels import cpu; i = cpu.info();"
+        "print(i['isa'], i['pool'] if i['pool'] == 'off' else i['pool']['limit'])"
+    )
     assert _run(ask, BATCHNORM_ISA="baseline", BATCHNORM_POOL="0").stdout.split() == ["baseline", "off"]
     assert _run(ask, BATCHNORM_POOL="3M").stdout.split()[1] == str(3 << 20)
     refused = _run(ask, BATCHNORM_ISA="mmx")
