@@ -80,10 +80,10 @@ def bench(
     ] = "ours,eager,compile,onednn,jax",
     threads: Annotated[str, typer.Option(help="Thread budgets, with commas; each in its own process.")] = "",
     rounds: Annotated[
-        int | None, typer.Option(help="Readings of the clock for each contender: 11, or 7 with --bar.")
+        int | None, typer.Option(help="Readings of the clock for each contender: 11, or 5 with --bar.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Begin no round of a case after this long: 20, or 3 with --bar.")
+        float | None, typer.Option(help="Begin no round of a case after this long: 20, or 2 with --bar.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="5 rounds, against torch eager alone.")] = False,
     bar: Annotated[bool, typer.Option("--bar", help="The cases of the bar, and what was reached.")] = False,

@@ -121,9 +121,9 @@ def plan(
     sets, layouts, dtypes, forms, modes, contenders : str, optional
         Names, separated by commas.
     rounds : int, optional
-        Readings of the clock for each contender; 11 if None, 7 for the bar.
+        Readings of the clock for each contender; 11 if None, 5 for the bar.
     seconds : float, optional
-        Start no round of a case after this long, once there were 3; 20 if None, 3 for the bar.
+        Start no round of a case after this long, once there were 3; 20 if None, 2 for the bar.
     quick : bool, optional
         5 rounds and 3 seconds a case at most, against torch eager alone.
     the_bar : bool, optional
@@ -147,8 +147,8 @@ def plan(
     ArgumentError
         A name is not known, or fewer than 1 round.
     """
-    rounds = (7 if the_bar else 11) if rounds is None else rounds
-    seconds = (3.0 if the_bar else 20.0) if seconds is None else seconds
+    rounds = (5 if the_bar else 11) if rounds is None else rounds
+    seconds = (2.0 if the_bar else 20.0) if seconds is None else seconds
     if rounds < 1:
         raise ArgumentError(f"bench: {rounds} rounds.", mend="give 1 or more; 11 is the default.")
     names = split(contenders)
