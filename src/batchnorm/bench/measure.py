@@ -71,6 +71,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def clock(body: Callable[[], Any], inner: int) -> float:
+    """Milliseconds a call of ``body``, over ``inner`` calls."""
     start = time.perf_counter()
     for _ in range(inner):
         body()
@@ -116,6 +117,7 @@ def time_contender(contender: Contender, inner: int, training: bool) -> dict[str
 
 
 def sampled(contender: Contender, value: Any) -> Tensor:
+    """The first rows of a result as float32: enough of it to be compared."""
     dense = contender.as_torch(value).detach()
     few = max(1, SAMPLED_VALUES * len(dense) // max(1, dense.numel()))
     return dense[:few].float().flatten()

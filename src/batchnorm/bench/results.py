@@ -237,6 +237,7 @@ def rows(outcome: Outcome, source: Provenance) -> list[Row]:
 
 
 def rounded(value: float) -> float:
+    """Four digits: more is noise."""
     return float(f"{value:.4g}")
 
 

@@ -186,6 +186,7 @@ def plan(
 
 
 def split(names: str) -> list[str]:
+    """Names separated by commas."""
     return [name.strip() for name in names.split(",") if name.strip()]
 
 

@@ -60,6 +60,7 @@ class Line:
 
 
 def as_shape(values: object) -> Shape:
+    """JSON knows lists only."""
     return tuple(values)  # type: ignore[arg-type]
 
 
