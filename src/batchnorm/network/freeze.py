@@ -100,7 +100,9 @@ def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> 
 def _layers(model: nn.Module, verb: str) -> dict[str, Layer]:
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
     strangers = [
-        path for path, module in model.named_modules() if isinstance(module, _BatchNorm) and path not in layers
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and path not in layers
     ]
     if strangers:
         raise ArgumentError(
