@@ -10,8 +10,13 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(BN_NO_FORCED_INLINE)  // sanitizers: checks in every copy would take the compiler for ever
+#define BN_INLINE inline
+#define BN_LAMBDA_INLINE
+#else
 #define BN_INLINE inline __attribute__((always_inline))
 #define BN_LAMBDA_INLINE __attribute__((always_inline))
+#endif
 #define BN_UNROLL _Pragma("GCC unroll 16")
 
 namespace bn::BN_ISA {
