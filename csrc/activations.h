@@ -27,7 +27,7 @@ struct Relu {
     static constexpr bool has_side = true, heavy = false;
     template <class A>
     static BN_INLINE Pack<A> value(Pack<A> u) {
-        return select(lt(u, set1<A>(0)), set1<A>(0), u);
+        return max(set1<A>(0), u);
     }
     template <class A>
     static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
@@ -46,8 +46,7 @@ struct Relu {
 struct Relu6 : Relu {
     template <class A>
     static BN_INLINE Pack<A> value(Pack<A> u) {
-        u = Relu::value(u);
-        return select(lt(set1<A>(6), u), set1<A>(6), u);
+        return min(set1<A>(6), Relu::value(u));
     }
     template <class A>
     static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {

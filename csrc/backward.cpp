@@ -10,8 +10,9 @@ template <class A>
 class BackwardStep {
   public:
     static constexpr int inputs = 2;
+    using Lanes = LaneSums<A>;
 
-    struct Coefficients {  // of the columns [j0, j1) of a strip
+    struct Coefficients {  // of the columns
         Spread<A, 6> arrays;
         BackwardCoefficients<A> c{};
     };
@@ -54,111 +55,70 @@ class BackwardStep {
 
     // --- planes ---
 
-    Pair reduce_segment(const Planes &g, int64_t c, int64_t segment) {
-        const BackwardCoefficients<A> one = of_channel(c);
-        Pair out;
-        const int64_t end = std::min(g.blocks, (segment + 1) * g.blocks_per_segment);
-        for (int64_t b = segment * g.blocks_per_segment; b < end; ++b) {
-            const int64_t n = b / g.per_plane * g.planes_per_block, start = b % g.per_plane * g.block_len;
-            const int64_t at = start * element;
-            PlaneBlock block{};
-            block.dy = dy.at(n, c) + at;
-            block.z = z.at(n, c) + at;
-            block.saved = saved(g, n, c, start);
-            block.dy_stride = dy.sn;
-            block.z_stride = z.sn;
-            block.saved_stride = bits ? g.c * g.mask_row() : dy.sn;
-            block.planes = static_cast<size_t>(std::min(g.planes_per_block, g.n - n));
-            block.len = static_cast<size_t>(std::min(g.block_len, g.s - start));
-            const Sums s = plane_reduce(block, one);
-            out += {s.dy, s.dy_zhat};
-        }
-        return out;
-    }
+    void look_at(const Planes &, int64_t, int64_t) {}
 
-    void map_run(const Planes &g, int64_t n, int64_t c0, int64_t c1, int64_t warm) {
-        const int64_t plane_bytes = g.s * element;
-        if (!streams || plane_bytes > scratch_bytes / 2) {
-            for (int64_t c = c0; c < c1; ++c) {
-                if (warm && c + warm < g.c) prefetch_both(n, c + warm, plane_bytes);
-                map_piece(g, n, c, 0, g.s);
-            }
-            return;
-        }
-        alignas(64) char scratch[2][scratch_bytes];
-        const int64_t aligned = 64 / std::gcd(plane_bytes, int64_t{64});
-        const int64_t fit = scratch_bytes / plane_bytes, batch = std::max<int64_t>(1, fit / aligned * aligned);
-        for (int64_t c = c0; c < c1; c += batch) {
-            const int64_t count = std::min(batch, c1 - c);
-            if (warm) prefetch_both(n, c + warm, std::min(count, g.c - c - warm) * plane_bytes);
-            for (int64_t i = 0; i < count; ++i)
-                plane(g, scratch[0] + i * plane_bytes, dr ? scratch[1] + i * plane_bytes : nullptr, n, c + i, 0, g.s);
-            k.stream(dz.at(n, c), scratch[0], static_cast<size_t>(count * plane_bytes));
-            if (dr) k.stream(dr.at(n, c), scratch[1], static_cast<size_t>(count * plane_bytes));
+    void reduce_segment(const Planes &g, int64_t c0, int64_t c1, int64_t segment, Lanes &lanes, Pair *out) {
+        A *const sums = lanes.clear(c1 - c0);
+        const int64_t begin = segment * g.units_per_segment, end = std::min(g.units, begin + g.units_per_segment);
+        for (int64_t u = begin; u < end; ++u) plane_reduce(block(g, u, c0, c1), of_channel(c0), sums);
+        for (int64_t c = c0; c < c1; ++c) {
+            const Sums s = k.lane_sums(sums + (c - c0) * Lanes::width);
+            out[c - c0] += {s.a, s.b};
         }
     }
 
-    void map_segment(const Planes &g, int64_t c, int64_t segment) {
-        const int64_t end = std::min(g.blocks, (segment + 1) * g.blocks_per_segment);
-        for (int64_t b = segment * g.blocks_per_segment; b < end; ++b) {
-            const int64_t n = b / g.per_plane * g.planes_per_block, start = b % g.per_plane * g.block_len;
-            const int64_t planes = std::min(g.planes_per_block, g.n - n);
-            for (int64_t i = 0; i < planes; ++i) map_piece(g, n + i, c, start, std::min(g.block_len, g.s - start));
-        }
+    void map_unit(const Planes &g, int64_t u, int64_t c0, int64_t c1) {
+        Block b = block(g, u, c0, c1);
+        const int64_t n = u / g.pieces, at = g.start(u) * element;
+        char *const out = dz.at(n, c0) + at, *const out_r = dr ? dr.at(n, c0) + at : nullptr;
+        b.out = out;
+        b.out_residual = out_r;
+        b.stream = streams;
+        if (!streams || (on_vectors(out, b.step, c1 - c0, element) && on_vectors(out_r, b.step, c1 - c0, element)))
+            return plane_input(b, of_channel(c0));
+        const auto map = [&](int64_t row, int64_t rows, int64_t start, int64_t len, char *to, char *to_r) {
+            plane_input(part(b, row, rows, start, len, to, to_r), of_channel(c0 + row));
+        };
+        if (g.pieces == 1) return through_scratch(k.stream, out, out_r, c1 - c0, g.s, element, map);
+        for (int64_t c = 0; c < c1 - c0; ++c)
+            through_scratch(k.stream, out + c * dz.sc, out_r ? out_r + c * dz.sc : nullptr, 1, g.length(u), element,
+                            [&](int64_t, int64_t, int64_t start, int64_t len, char *to, char *to_r) {
+                                map(c, 1, start, len, to, to_r);
+                            });
     }
 
     // --- columns ---
 
-    void before_reduce(const Columns &g, int64_t j0, int64_t j1, Coefficients &local) {
-        local.c.mean = local.arrays(g, j0, j1, 0, p.mean);
-        local.c.scale = local.arrays(g, j0, j1, 1, scale.get());
-        local.c.shift = local.arrays(g, j0, j1, 2, shift);
-        local.c.inv_std = local.arrays(g, j0, j1, 3, p.inv_std);
+    void before_reduce(const Columns &g, Coefficients &all) {
+        all.c.mean = all.arrays(g, 0, p.mean);
+        all.c.scale = all.arrays(g, 1, scale.get());
+        all.c.shift = all.arrays(g, 2, shift);
+        all.c.inv_std = all.arrays(g, 3, p.inv_std);
     }
 
-    void before_map(const Columns &g, int64_t j0, int64_t j1, Coefficients &local) {
-        if (!reduces()) before_reduce(g, j0, j1, local);
-        local.c.k0 = local.arrays(g, j0, j1, 4, k0.get());
-        local.c.k1 = local.arrays(g, j0, j1, 5, k1.get());
+    void before_map(const Columns &g, Coefficients &all) {
+        if (!reduces()) before_reduce(g, all);
+        all.c.k0 = all.arrays(g, 4, k0.get());
+        all.c.k1 = all.arrays(g, 5, k1.get());
     }
 
-    void reduce_block(const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, const Coefficients &strip,
+    void reduce_block(const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, const Coefficients &all,
                       double *sum, double *product) {
-        if (j1 <= j0) return;
-        const int64_t packed = g.cols * element, at = j0 * element;
-        ColumnBlock block{};
-        block.dy = dy.p + row * packed + at;
-        block.z = z.p + row * g.z_stride * element + at;
-        block.saved = saved(g, row, j0);
-        block.dy_stride = packed;
-        block.z_stride = g.z_stride * element;
-        block.saved_stride = bits ? g.mask_row() : packed;
-        block.rows = static_cast<size_t>(rows);
-        block.cols = static_cast<size_t>(j1 - j0);
-        column_reduce(block, strip.c, sum, product);
+        column_reduce(block(g, row, rows, j0, j1 - j0), shifted(all.c, j0), sum, product);
     }
 
-    void map_row(const Columns &g, int64_t row, int64_t j0, int64_t j1, const Coefficients &strip, int64_t base,
-                 int64_t warm) {
-        const int64_t packed = row * g.cols * element, piece = streams ? scratch_bytes / 2 / element : j1 - j0;
-        alignas(64) char scratch[2][scratch_bytes / 2];
-        for (int64_t j = j0; j < j1; j += piece) {
-            const int64_t len = std::min(piece, j1 - j), at = j * element, o = j - base;
-            const char *zp = z.p + row * g.z_stride * element + at, *dp = dy.p + packed + at;
-            if (warm) {
-                const int64_t bytes = std::min(len, g.cols - j - warm) * element;
-                prefetch(zp + warm * element, bytes);
-                prefetch(dp + warm * element, bytes);
-            }
-            char *out = dz.p + packed + at, *out_r = dr ? dr.p + packed + at : nullptr;
-            const BackwardCoefficients<A> c{strip.c.mean + o,    strip.c.scale + o, strip.c.shift + o,
-                                            strip.c.inv_std + o, strip.c.k0 + o,    strip.c.k1 + o};
-            column_input(streams ? scratch[0] : out, streams && dr ? scratch[1] : out_r, dp, zp, saved(g, row, j),
-                         static_cast<size_t>(len), c);
-            if (!streams) continue;
-            k.stream(out, scratch[0], static_cast<size_t>(len * element));
-            if (dr) k.stream(out_r, scratch[1], static_cast<size_t>(len * element));
-        }
+    void map_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
+        Block b = block(g, row, rows, 0, len);
+        char *const out = dz.p + row * b.step, *const out_r = dr ? dr.p + row * b.step : nullptr;
+        b.out = out;
+        b.out_residual = out_r;
+        b.stream = streams;
+        if (!streams || (on_vectors(out, b.step, rows, element) && on_vectors(out_r, b.step, rows, element)))
+            return column_input(b, all.c);
+        through_scratch(k.stream, out, out_r, rows, len, element,
+                        [&](int64_t first, int64_t count, int64_t start, int64_t some, char *to, char *to_r) {
+                            column_input(part(b, first, count, start, some, to, to_r), shifted(all.c, start));
+                        });
     }
 
   private:
@@ -166,46 +126,60 @@ class BackwardStep {
         // an infinite count: the statistics are constants, and a NaN in the sums must not spread through them
         const bool constant = std::isinf(p.count);
         k0[c] = constant ? A{0} : static_cast<A>(-sum_dy / p.count);
-        k1[c] = constant ? A{0} : static_cast<A>(-sum_dy_zhat / p.count);
+        k1[c] = constant ? A{0} : static_cast<A>(-sum_dy_zhat / p.count * static_cast<double>(p.inv_std[c]));
     }
 
     BackwardCoefficients<A> of_channel(int64_t c) const {
         return {p.mean + c, &scale[c], shift + c, p.inv_std + c, &k0[c], &k1[c]};
     }
+    static BackwardCoefficients<A> shifted(const BackwardCoefficients<A> &c, int64_t j) {
+        const auto by = [j](const A *v) { return v ? v + j : nullptr; };
+        return {by(c.mean), by(c.scale), by(c.shift), by(c.inv_std), by(c.k0), by(c.k1)};
+    }
 
-    const char *saved(const Planes &g, int64_t n, int64_t c, int64_t start) const {
+    Block block(const Planes &g, int64_t u, int64_t c0, int64_t c1) const {
+        const int64_t n = u / g.pieces, start = g.start(u), at = start * element;
+        Block b;
+        b.z = z.at(n, c0) + at;
+        b.dy = dy.at(n, c0) + at;
+        b.saved = saved((n * g.c + c0) * g.mask_row() + start / 8, (n * g.c + c0) * g.s + start);
+        b.z_step = z.sc;
+        b.step = dy.sc;
+        b.mask_step = g.mask_row();
+        b.rows = static_cast<size_t>(c1 - c0);
+        b.len = static_cast<size_t>(g.length(u));
+        return b;
+    }
+    Block block(const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t len) const {
+        Block b;
+        b.z_step = g.z_stride * element;
+        b.step = g.cols * element;
+        b.mask_step = g.mask_row();
+        b.z = z.p + row * b.z_step + j0 * element;
+        b.dy = dy.p + row * b.step + j0 * element;
+        b.saved = saved(row * g.mask_row() + j0 / 8, row * g.cols + j0);
+        b.rows = static_cast<size_t>(rows);
+        b.len = static_cast<size_t>(len);
+        return b;
+    }
+    const char *saved(int64_t byte_of_mask, int64_t element_of_residual) const {
         if (!p.saved) return nullptr;
-        const char *s = static_cast<const char *>(p.saved);
-        return bits ? s + (n * g.c + c) * g.mask_row() + start / 8 : s + ((n * g.c + c) * g.s + start) * element;
-    }
-    const char *saved(const Columns &g, int64_t row, int64_t j) const {
-        if (!p.saved) return nullptr;
-        const char *s = static_cast<const char *>(p.saved);
-        return bits ? s + row * g.mask_row() + j / 8 : s + (row * g.cols + j) * element;
+        return static_cast<const char *>(p.saved) + (bits ? byte_of_mask : element_of_residual * element);
     }
 
-    void prefetch_both(int64_t n, int64_t c, int64_t bytes) const {
-        prefetch(z.at(n, c), bytes);
-        prefetch(dy.at(n, c), bytes);
-    }
-
-    void plane(const Planes &g, char *to, char *to_r, int64_t n, int64_t c, int64_t start, int64_t len) {
-        const int64_t at = start * element;
-        plane_input(to, to_r, dy.at(n, c) + at, z.at(n, c) + at, saved(g, n, c, start), static_cast<size_t>(len),
-                    of_channel(c));
-    }
-
-    void map_piece(const Planes &g, int64_t n, int64_t c, int64_t start, int64_t len) {
-        const auto out = [&](const View &v) { return v ? v.at(n, c) + start * element : nullptr; };
-        if (!streams) return plane(g, out(dz), out(dr), n, c, start, len);
-        alignas(64) char scratch[2][scratch_bytes / 2];
-        const int64_t piece = scratch_bytes / 2 / element;
-        for (const int64_t end = start + len; start < end; start += piece) {
-            const int64_t count = std::min(piece, end - start);
-            plane(g, scratch[0], dr ? scratch[1] : nullptr, n, c, start, count);
-            k.stream(out(dz), scratch[0], static_cast<size_t>(count * element));
-            if (dr) k.stream(out(dr), scratch[1], static_cast<size_t>(count * element));
-        }
+    // some rows and elements of a block, computed into scratches
+    Block part(Block b, int64_t row, int64_t rows, int64_t start, int64_t len, char *to, char *to_r) const {
+        b.z = static_cast<const char *>(b.z) + row * b.z_step + start * element;
+        b.dy = static_cast<const char *>(b.dy) + row * b.step + start * element;
+        if (b.saved)
+            b.saved = static_cast<const char *>(b.saved) +
+                      (bits ? row * b.mask_step + start / 8 : row * b.step + start * element);
+        b.out = to;
+        b.out_residual = to_r;
+        b.rows = static_cast<size_t>(rows);
+        b.len = static_cast<size_t>(len);
+        b.stream = false;
+        return b;
     }
 
     const BackwardProblem<A> &p;

@@ -11,7 +11,8 @@ struct Cache {
 
 const Cache &cache();
 
-// an output this large would push everything else out, and not be there any more when it is read
-inline bool should_stream(size_t bytes) { return bytes > cache().last / 2; }
+// An output this large would push its own input out of the last level, and with all else that a step touches it is not
+// there any more when it is read; and a store into a cache reads the line from memory first.
+inline bool should_stream(size_t bytes) { return bytes > cache().last / 4; }
 
 }  // namespace bn

@@ -13,7 +13,35 @@ struct Plain {
     using Acc = A;
     static BN_INLINE Pack<A> load(const A *p) { return load_acc(p); }
     static BN_INLINE void store(A *p, Pack<A> v) { store_acc(p, v); }
+    static BN_INLINE void stream(A *p, Pack<A> v) { stream_acc(p, v); }
 };
+
+// 16 elements of two bytes, in the registers of this instruction set
+struct Halves {
+#if defined(__AVX2__)
+    __m256i v;
+#else
+    uint16_t v[lanes];
+#endif
+    BN_INLINE void store(void *p) const {
+#if defined(__AVX2__)
+        _mm256_storeu_si256(static_cast<__m256i *>(p), v);
+#else
+        memcpy(p, v, sizeof v);
+#endif
+    }
+    BN_INLINE void stream(void *p) const {
+#if defined(__AVX2__)
+        _mm256_stream_si256(static_cast<__m256i *>(p), v);
+#elif defined(__SSE2__)
+        for (int i = 0; i < 2; ++i)
+            _mm_stream_si128(static_cast<__m128i *>(p) + i, _mm_loadu_si128(reinterpret_cast<const __m128i *>(v) + i));
+#else
+        store(p);
+#endif
+    }
+};
+
 template <>
 struct Element<float> : Plain<float> {};
 template <>
@@ -64,8 +92,59 @@ inline uint16_t to_f16(float x) {
     return static_cast<uint16_t>(h | sign);
 }
 
+BN_INLINE Halves narrow(Pack<float> v, bf16) {
+    Halves h;
+#if defined(__AVX512BF16__)
+    h.v = (__m256i)_mm512_cvtneps_pbh(v.v[0]);  // subnormal numbers become 0
+#elif defined(__AVX512F__)
+    const __m512i u = _mm512_castps_si512(v.v[0]);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v.v[0], v.v[0], _CMP_UNORD_Q);
+    h.v = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+#elif defined(__AVX2__)
+    __m256i w[2];
+    BN_UNROLL for (int i = 0; i < 2; ++i) {
+        const __m256i u = _mm256_castps_si256(v.v[i]);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+        const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+        const __m256 nan = _mm256_cmp_ps(v.v[i], v.v[i], _CMP_UNORD_Q);
+        w[i] = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan)), 16);
+    }
+    h.v = _mm256_permute4x64_epi64(_mm256_packus_epi32(w[0], w[1]), 0xd8);
+#else
+    float x[lanes];
+    store_acc(x, v);
+    for (int i = 0; i < lanes; ++i) h.v[i] = to_bf16(x[i]);
+#endif
+    return h;
+}
+
+BN_INLINE Halves narrow(Pack<float> v, f16) {
+    Halves h;
+#if defined(__AVX512F__)
+    h.v = _mm512_cvtps_ph(v.v[0], _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+    h.v = _mm256_set_m128i(_mm256_cvtps_ph(v.v[1], _MM_FROUND_TO_NEAREST_INT),
+                           _mm256_cvtps_ph(v.v[0], _MM_FROUND_TO_NEAREST_INT));
+#else
+    float x[lanes];
+    store_acc(x, v);
+    for (int i = 0; i < lanes; ++i) h.v[i] = to_f16(x[i]);
+#endif
+    return h;
+}
+
+template <class T>
+struct HalfStores {
+    static BN_INLINE void store(T *p, Pack<float> v) { narrow(v, T{}).store(p); }
+    static BN_INLINE void stream(T *p, Pack<float> v) { narrow(v, T{}).stream(p); }
+};
+
 template <>
-struct Element<bf16> {
+struct Element<bf16> : HalfStores<bf16> {
     using Acc = float;
     static BN_INLINE Pack<float> load(const bf16 *p) {
         Pack<float> r;
@@ -86,37 +165,10 @@ struct Element<bf16> {
 #endif
         return r;
     }
-    static BN_INLINE void store(bf16 *p, Pack<float> v) {
-#if defined(__AVX512F__)
-        const __m512i u = _mm512_castps_si512(v.v[0]);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-        const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
-        const __mmask16 nan = _mm512_cmp_ps_mask(v.v[0], v.v[0], _CMP_UNORD_Q);
-        const __m512i w = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16);
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(w));
-#elif defined(__AVX2__)
-        __m256i w[2];
-        BN_UNROLL for (int i = 0; i < 2; ++i) {
-            const __m256i u = _mm256_castps_si256(v.v[i]);
-            const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-            const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
-            const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-            const __m256 nan = _mm256_cmp_ps(v.v[i], v.v[i], _CMP_UNORD_Q);
-            w[i] = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan)), 16);
-        }
-        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(w[0], w[1]), 0xd8);
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), packed);
-#else
-        float x[lanes];
-        store_acc(x, v);
-        for (int i = 0; i < lanes; ++i) p[i].bits = to_bf16(x[i]);
-#endif
-    }
 };
 
 template <>
-struct Element<f16> {
+struct Element<f16> : HalfStores<f16> {
     using Acc = float;
     static BN_INLINE Pack<float> load(const f16 *p) {
         Pack<float> r;
@@ -132,47 +184,60 @@ struct Element<f16> {
 #endif
         return r;
     }
-    static BN_INLINE void store(f16 *p, Pack<float> v) {
-#if defined(__AVX512F__)
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtps_ph(v.v[0], _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-        BN_UNROLL for (int i = 0; i < 2; ++i)
-            _mm_storeu_si128(reinterpret_cast<__m128i *>(p + 8 * i), _mm256_cvtps_ph(v.v[i], _MM_FROUND_TO_NEAREST_INT));
-#else
-        float x[lanes];
-        store_acc(x, v);
-        for (int i = 0; i < lanes; ++i) p[i].bits = to_f16(x[i]);
-#endif
-    }
 };
+
+// 16 elements with a store that the caller chooses: into the caches, or past them
+template <class T>
+BN_INLINE void put(T *p, Pack<typename Element<T>::Acc> v, bool past) {
+    if (past)
+        Element<T>::stream(p, v);
+    else
+        Element<T>::store(p, v);
+}
 
 // the first count < 16 elements; the other lanes are 0 and nothing beyond is touched
 template <class T>
 BN_INLINE Pack<typename Element<T>::Acc> load_partial(const T *p, size_t count) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-        Pack<float> r;
-        r.v[0] = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+    const unsigned which = (1u << count) - 1;
+    Pack<typename Element<T>::Acc> r;
+    if constexpr (sizeof(T) == 8) {
+        r.v[0] = _mm512_maskz_loadu_pd(static_cast<__mmask8>(which), p);
+        r.v[1] = _mm512_maskz_loadu_pd(static_cast<__mmask8>(which >> 8), p + 8);
         return r;
+    } else if constexpr (sizeof(T) == 4) {
+        r.v[0] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(which), p);
+        return r;
+    } else {
+        T tmp[lanes];
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(tmp), _mm256_maskz_loadu_epi16(static_cast<__mmask16>(which), p));
+        return Element<T>::load(tmp);
     }
-#endif
+#else
     T tmp[lanes];
     memset(static_cast<void *>(tmp), 0, sizeof tmp);
     memcpy(static_cast<void *>(tmp), p, count * sizeof(T));
     return Element<T>::load(tmp);
+#endif
 }
 template <class T>
 BN_INLINE void store_partial(T *p, Pack<typename Element<T>::Acc> v, size_t count) {
     if (count == lanes) return Element<T>::store(p, v);
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-        _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v.v[0]);
-        return;
+    const unsigned which = (1u << count) - 1;
+    if constexpr (sizeof(T) == 8) {
+        _mm512_mask_storeu_pd(p, static_cast<__mmask8>(which), v.v[0]);
+        _mm512_mask_storeu_pd(p + 8, static_cast<__mmask8>(which >> 8), v.v[1]);
+    } else if constexpr (sizeof(T) == 4) {
+        _mm512_mask_storeu_ps(p, static_cast<__mmask16>(which), v.v[0]);
+    } else {
+        _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(which), narrow(v, T{}).v);
     }
-#endif
+#else
     T tmp[lanes];
     Element<T>::store(tmp, v);
     memcpy(static_cast<void *>(p), tmp, count * sizeof(T));
+#endif
 }
 
 }  // namespace bn::BN_ISA

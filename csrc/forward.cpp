@@ -5,12 +5,21 @@
 namespace bn {
 namespace {
 
+// A value that the channel's own are near: the middle one of three, so that one far value spoils nothing; one of the
+// data, so that equal values have no deviation; finite.
+template <class A>
+A middle(A a, A b, A c) {
+    const A m = std::max(std::min(a, b), std::min(std::max(a, b), c));
+    return std::isfinite(m) ? m : A{0};
+}
+
 template <class A>
 class ForwardStep {
   public:
     static constexpr int inputs = 1;
+    using Lanes = LaneSums<A>;
 
-    struct Coefficients {  // of the columns [j0, j1) of a strip
+    struct Coefficients {  // of the columns
         Spread<A, 4> arrays;
         ForwardCoefficients<A> c{};
         const A *center = nullptr;
@@ -52,106 +61,129 @@ class ForwardStep {
 
     // --- planes ---
 
-    Pair reduce_segment(const Planes &g, int64_t c, int64_t segment) {
-        if (segment == 0) center[c] = static_cast<A>(k.first(z.at(0, c)));
-        const double about = k.first(z.at(0, c));
-        Pair out;
-        const int64_t end = std::min(g.blocks, (segment + 1) * g.blocks_per_segment);
-        for (int64_t b = segment * g.blocks_per_segment; b < end; ++b) {
-            const int64_t n = b / g.per_plane * g.planes_per_block, start = b % g.per_plane * g.block_len;
-            const int64_t planes = std::min(g.planes_per_block, g.n - n), len = std::min(g.block_len, g.s - start);
-            const Moments m = k.plane_moments(z.at(n, c) + start * element, z.sn, static_cast<size_t>(planes),
-                                              static_cast<size_t>(len));
-            const double count = static_cast<double>(planes * len), off = m.center - about;
-            out += {m.sum + count * off, m.square + off * (2.0 * m.sum + count * off)};
-        }
-        return out;
+    void look_at(const Planes &g, int64_t c0, int64_t c1) {
+        const auto sample = [&](int64_t n, int64_t i) { return z.at(n, c0) + i * element; };
+        find_centers(c0, c1, z.sc, sample(0, g.s / 4), sample(g.n / 2, g.s / 2), sample(g.n - 1, g.s * 3 / 4));
     }
 
-    void map_run(const Planes &g, int64_t n, int64_t c0, int64_t c1, int64_t warm) {
-        const int64_t plane_bytes = g.s * element;
-        if (!streams || plane_bytes > scratch_bytes / 2) {
-            for (int64_t c = c0; c < c1; ++c) {
-                if (warm && c + warm < g.c) prefetch(z.at(n, c + warm), plane_bytes);
-                map_piece(g, n, c, 0, g.s);
+    void reduce_segment(const Planes &g, int64_t c0, int64_t c1, int64_t segment, Lanes &lanes, Pair *out) {
+        A *const sums = lanes.clear(c1 - c0);
+        const int64_t begin = segment * g.units_per_segment, end = std::min(g.units, begin + g.units_per_segment);
+        for (int64_t u = begin; u < end; ++u) k.plane_moments(block(g, u, c0, c1), &center[c0], sums);
+        for (int64_t c = c0; c < c1; ++c) {
+            const Sums s = k.lane_sums(sums + (c - c0) * Lanes::width);
+            Pair total{s.a, s.b};
+            if (sizeof(A) == 4 && !(s.b > 1e-25 && s.b < 1e35) && !(s.a == 0 && s.b == 0)) {  // out of range, or NaN
+                total = {};
+                for (int64_t u = begin; u < end; ++u) {
+                    const Sums wide = k.wide_moments(z.at(u / g.pieces, c) + g.start(u) * element,
+                                                     static_cast<size_t>(g.length(u)), static_cast<double>(center[c]));
+                    total += {wide.a, wide.b};
+                }
             }
-            return;
-        }
-        alignas(64) char scratch[scratch_bytes];
-        const int64_t aligned = 64 / std::gcd(plane_bytes, int64_t{64});
-        const int64_t fit = scratch_bytes / plane_bytes, batch = std::max<int64_t>(1, fit / aligned * aligned);
-        for (int64_t c = c0; c < c1; c += batch) {
-            const int64_t count = std::min(batch, c1 - c);
-            if (warm) prefetch(z.at(n, c + warm), std::min(count, g.c - c - warm) * plane_bytes);
-            for (int64_t i = 0; i < count; ++i) plane(g, scratch + i * plane_bytes, n, c + i, 0, g.s);
-            k.stream(y.at(n, c), scratch, static_cast<size_t>(count * plane_bytes));
+            out[c - c0] += total;
         }
     }
 
-    void map_segment(const Planes &g, int64_t c, int64_t segment) {
-        const int64_t end = std::min(g.blocks, (segment + 1) * g.blocks_per_segment);
-        for (int64_t b = segment * g.blocks_per_segment; b < end; ++b) {
-            const int64_t n = b / g.per_plane * g.planes_per_block, start = b % g.per_plane * g.block_len;
-            const int64_t planes = std::min(g.planes_per_block, g.n - n);
-            for (int64_t i = 0; i < planes; ++i) map_piece(g, n + i, c, start, std::min(g.block_len, g.s - start));
-        }
+    void map_unit(const Planes &g, int64_t u, int64_t c0, int64_t c1) {
+        Block b = block(g, u, c0, c1);
+        const int64_t n = u / g.pieces, at = g.start(u) * element;
+        char *const out = y.at(n, c0) + at;
+        b.saved = r ? r.at(n, c0) + at : nullptr;
+        b.mask = p.mask ? p.mask + (n * g.c + c0) * g.mask_row() + g.start(u) / 8 : nullptr;
+        b.step = y.sc;
+        b.mask_step = g.mask_row();
+        const auto coefficients = [&](int64_t c) {
+            return ForwardCoefficients<A>{p.mean + c, &scale[c], shift + c};
+        };
+        b.out = out;
+        b.stream = streams;
+        if (!streams || on_vectors(out, b.step, c1 - c0, element)) return apply_plane(b, coefficients(c0));
+        const auto map = [&](int64_t row, int64_t rows, int64_t start, int64_t len, char *to, char *) {
+            apply_plane(part(b, row, rows, start, len, to), coefficients(c0 + row));
+        };
+        if (g.pieces == 1) return through_scratch(k.stream, out, nullptr, c1 - c0, g.s, element, map);
+        for (int64_t c = 0; c < c1 - c0; ++c)
+            through_scratch(k.stream, out + c * y.sc, nullptr, 1, g.length(u), element,
+                            [&](int64_t, int64_t, int64_t start, int64_t len, char *to, char *none) {
+                                map(c, 1, start, len, to, none);
+                            });
     }
 
     // --- columns ---
 
-    void before_reduce(const Columns &g, int64_t j0, int64_t j1, Coefficients &local) {
-        // one center for a channel, the first of its values: its columns then add up as they are
-        const int64_t width = std::min(j1, g.c * g.s) - j0;
-        Array<A> row = array<A>(width);
-        k.firsts(z.at(0) + j0 * element, static_cast<size_t>(width), row.get());
-        for (int64_t j = 0; j < width; j += g.s) center[(j0 + j) / g.s] = row[j];
-        local.center = local.arrays(g, j0, j1, 3, center.get());
+    void before_reduce(const Columns &g, Coefficients &all) {
+        const auto sample = [&](int64_t row, int64_t i) { return z.p + row * g.z_stride * element + i * element; };
+        find_centers(0, g.c, g.s * element, sample(0, g.s / 4), sample(g.rows / 2, g.s / 2),
+                     sample(std::max<int64_t>(0, g.rows - 1), g.s * 3 / 4));
+        all.center = all.arrays(g, 3, center.get());
     }
 
-    void before_map(const Columns &g, int64_t j0, int64_t j1, Coefficients &local) {
-        local.c = {local.arrays(g, j0, j1, 0, p.mean), local.arrays(g, j0, j1, 1, scale.get()),
-                   local.arrays(g, j0, j1, 2, shift)};
+    void before_map(const Columns &g, Coefficients &all) {
+        all.c = {all.arrays(g, 0, p.mean), all.arrays(g, 1, scale.get()), all.arrays(g, 2, shift)};
     }
 
-    void reduce_block(const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, const Coefficients &strip,
+    void reduce_block(const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, const Coefficients &all,
                       double *sum, double *square) {
-        if (j1 > j0)
-            k.column_moments(z.p + (row * g.z_stride + j0) * element, g.z_stride * element, static_cast<size_t>(rows),
-                             static_cast<size_t>(j1 - j0), strip.center, sum, square);
+        Block b;
+        b.z = z.p + (row * g.z_stride + j0) * element;
+        b.z_step = g.z_stride * element;
+        b.rows = static_cast<size_t>(rows);
+        b.len = static_cast<size_t>(j1 - j0);
+        k.column_moments(b, all.center + j0, sum, square);
     }
 
-    void map_row(const Columns &g, int64_t row, int64_t j0, int64_t j1, const Coefficients &strip, int64_t base,
-                 int64_t warm) {
-        const int64_t out_row = g.cols * element, piece = streams ? scratch_bytes / element : j1 - j0;
-        alignas(64) char scratch[scratch_bytes];
-        for (int64_t j = j0; j < j1; j += piece) {
-            const int64_t len = std::min(piece, j1 - j), at = j * element, o = j - base;
-            if (warm) prefetch(z.p + row * g.z_stride * element + at + warm * element, std::min(len, g.cols - j - warm) * element);
-            char *out = y.p + row * out_row + at;
-            apply_column(streams ? scratch : out, z.p + row * g.z_stride * element + at,
-                         r ? r.p + row * out_row + at : nullptr, p.mask ? p.mask + row * g.mask_row() + j / 8 : nullptr,
-                         static_cast<size_t>(len), {strip.c.mean + o, strip.c.scale + o, strip.c.shift + o});
-            if (streams) k.stream(out, scratch, static_cast<size_t>(len * element));
-        }
+    void map_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
+        Block b;
+        b.z = z.p + row * g.z_stride * element;
+        b.z_step = g.z_stride * element;
+        b.step = g.cols * element;
+        char *const out = y.p + row * b.step;
+        b.saved = r ? r.p + row * b.step : nullptr;
+        b.mask = p.mask ? p.mask + row * g.mask_row() : nullptr;
+        b.mask_step = g.mask_row();
+        b.out = out;
+        b.rows = static_cast<size_t>(rows);
+        b.len = static_cast<size_t>(len);
+        b.stream = streams;
+        if (!streams || on_vectors(out, b.step, rows, element)) return apply_column(b, all.c);
+        through_scratch(k.stream, out, nullptr, rows, len, element,
+                        [&](int64_t first, int64_t count, int64_t start, int64_t some, char *to, char *) {
+                            apply_column(part(b, first, count, start, some, to),
+                                         {all.c.mean + start, all.c.scale + start, all.c.shift + start});
+                        });
     }
 
   private:
-    void plane(const Planes &g, char *to, int64_t n, int64_t c, int64_t start, int64_t len) {
-        const int64_t at = start * element;
-        apply_plane(to, z.at(n, c) + at, r ? r.at(n, c) + at : nullptr,
-                    p.mask ? p.mask + (n * g.c + c) * g.mask_row() + start / 8 : nullptr, static_cast<size_t>(len),
-                    {p.mean + c, &scale[c], shift + c});
+    void find_centers(int64_t c0, int64_t c1, int64_t step, const char *a, const char *b, const char *c) {
+        const int64_t count = c1 - c0;
+        const Array<A> samples = array<A>(3 * count);
+        A *const at[3] = {samples.get(), samples.get() + count, samples.get() + 2 * count};
+        k.gather(a, step, static_cast<size_t>(count), at[0]);
+        k.gather(b, step, static_cast<size_t>(count), at[1]);
+        k.gather(c, step, static_cast<size_t>(count), at[2]);
+        for (int64_t i = 0; i < count; ++i) center[c0 + i] = middle(at[0][i], at[1][i], at[2][i]);
     }
 
-    void map_piece(const Planes &g, int64_t n, int64_t c, int64_t start, int64_t len) {
-        if (!streams) return plane(g, y.at(n, c) + start * element, n, c, start, len);
-        alignas(64) char scratch[scratch_bytes];
-        const int64_t piece = scratch_bytes / 2 / element;
-        for (int64_t end = start + len; start < end; start += piece) {
-            const int64_t count = std::min(piece, end - start);
-            plane(g, scratch, n, c, start, count);
-            k.stream(y.at(n, c) + start * element, scratch, static_cast<size_t>(count * element));
-        }
+    Block block(const Planes &g, int64_t u, int64_t c0, int64_t c1) const {
+        Block b;
+        b.z = z.at(u / g.pieces, c0) + g.start(u) * element;
+        b.z_step = z.sc;
+        b.rows = static_cast<size_t>(c1 - c0);
+        b.len = static_cast<size_t>(g.length(u));
+        return b;
+    }
+
+    // some rows and elements of a block, computed into a scratch
+    Block part(Block b, int64_t row, int64_t rows, int64_t start, int64_t len, char *to) const {
+        b.z = static_cast<const char *>(b.z) + row * b.z_step + start * element;
+        if (b.saved) b.saved = static_cast<const char *>(b.saved) + row * b.step + start * element;
+        if (b.mask) b.mask += row * b.mask_step + start / 8;
+        b.out = to;
+        b.rows = static_cast<size_t>(rows);
+        b.len = static_cast<size_t>(len);
+        b.stream = false;
+        return b;
     }
 
     const ForwardProblem<A> &p;

@@ -20,36 +20,31 @@ struct Shape {
     int64_t z_sn, z_sc;     // strides of z in elements; every other tensor is packed
 };
 
+// Sums of float32 are taken over at most about this many values in 16 or 64 lanes, then go on in double.
+constexpr int64_t values_per_segment = 8192;
+
 struct Planes {
-    static constexpr int64_t block_values = 2048;  // 8 KB of float32: swept twice, read from memory once
-    static constexpr int64_t blocks_per_segment = 32;
     int64_t n, c, s;
-    int64_t per_plane;       // blocks in a plane, or
-    int64_t planes_per_block;  // planes in a block
-    int64_t block_len;       // elements of a plane in a block (the last of a plane may be shorter)
-    int64_t blocks, segments;
+    int64_t pieces, piece_len;  // of a plane; the last may be shorter
+    int64_t units;              // pieces of a channel: unit u is piece u % pieces of sample u / pieces
+    int64_t units_per_segment, segments;
 
     explicit Planes(const Shape &x) : n(x.n), c(x.c), s(x.s) {
-        if (s >= block_values / 2) {
-            planes_per_block = 1;
-            per_plane = (s + block_values - 1) / block_values;
-            block_len = ((s + per_plane - 1) / per_plane + 15) / 16 * 16;
-            per_plane = (s + block_len - 1) / block_len;
-            blocks = n * per_plane;
-        } else {
-            per_plane = 1;
-            planes_per_block = (block_values / 2 + s - 1) / s;
-            block_len = s;
-            blocks = (n + planes_per_block - 1) / planes_per_block;
-        }
-        segments = (blocks + blocks_per_segment - 1) / blocks_per_segment;
+        pieces = (s + values_per_segment - 1) / values_per_segment;
+        piece_len = ((s + pieces - 1) / pieces + 15) / 16 * 16;
+        pieces = (s + piece_len - 1) / piece_len;
+        units = n * pieces;
+        units_per_segment = pieces > 1 ? 1 : std::max<int64_t>(1, values_per_segment / s);
+        segments = (units + units_per_segment - 1) / units_per_segment;
     }
+    int64_t start(int64_t unit) const { return unit % pieces * piece_len; }
+    int64_t length(int64_t unit) const { return std::min(piece_len, s - start(unit)); }
     int64_t mask_row() const { return (s + 15) / 16 * 2; }  // bytes of a plane's bit mask
     int64_t mask_bytes() const { return n * c * mask_row(); }
 };
 
 struct Columns {
-    static constexpr int64_t block_rows = 128;
+    static constexpr int64_t block_rows = 128;  // summed in float32, then on in double
     int64_t rows, cols;       // whole rows
     int64_t tail;             // columns of one more, shorter row
     int64_t c, s;             // column j is channel (j / s) % c
@@ -68,11 +63,13 @@ struct Columns {
                 cols = z_stride = wide;
             }
         }
-        segment_rows = 64 * std::max<int64_t>(1, (rows + 64 * 64 - 1) / (64 * 64));
+        // 64 segments at the most; short ones only where there are few rows, for each has sums of its own
+        segment_rows = std::max(std::clamp<int64_t>(rows / 8, 32, block_rows), (rows + 63) / 64);
+        segment_rows = (segment_rows + 7) / 8 * 8;
         segments = std::max<int64_t>(1, (rows + (tail ? 1 : 0) + segment_rows - 1) / segment_rows);
     }
+    bool repeated() const { return cols != c * s; }  // rows side by side: a channel has several columns
     int64_t all_rows() const { return rows + (tail ? 1 : 0); }
-    int64_t width(int64_t row) const { return row < rows ? cols : tail; }
     int64_t channel(int64_t column) const { return column / s % c; }
     int64_t mask_row() const { return (cols + 15) / 16 * 2; }
     int64_t mask_bytes() const { return all_rows() * mask_row(); }
@@ -80,8 +77,8 @@ struct Columns {
 
 // short planes waste vectors, so they go by columns, where a row of z holds all channels of an n side by side
 inline bool by_columns(const Shape &x) {
-    constexpr int64_t short_plane = 64;
-    return x.layout == Layout::rc || (x.s <= short_plane && x.z_sc == x.s);
+    constexpr int64_t short_plane = 32;
+    return x.layout == Layout::rc || (x.s < short_plane && x.z_sc == x.s);
 }
 
 inline int64_t mask_bytes(const Shape &x) { return by_columns(x) ? Columns(x).mask_bytes() : Planes(x).mask_bytes(); }

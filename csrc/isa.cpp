@@ -17,9 +17,19 @@ void fill_set(KernelSet &);
 namespace avx512 {
 void fill_set(KernelSet &);
 }
+namespace avx512bf16 {
+void fill_set(KernelSet &);
+}
 #endif
 
 namespace {
+
+#if defined(BN_X86)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 struct Candidate {
     const char *name;
@@ -34,10 +44,8 @@ Candidate *candidates(int &count) {
 #if defined(BN_X86)
         {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
          avx2::fill_set, {}},
-        {"avx512",
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-         avx512::fill_set, {}},
+        {"avx512", has_avx512(), avx512::fill_set, {}},
+        {"avx512bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512bf16::fill_set, {}},
 #endif
     };
     static const bool filled = [] {

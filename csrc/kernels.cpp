@@ -5,8 +5,8 @@
 #include "elements.h"
 
 #include "loops_forward.h"
-#include "loops_backward.h"
 #include "loops_moments.h"
+#include "loops_backward.h"
 #include "loops_stream.h"
 
 namespace bn::BN_ISA {
@@ -32,10 +32,11 @@ template <class T>
 void fill(Kernels<typename Element<T>::Acc> &k) {
     k.plane_moments = plane_moments<T>;
     k.column_moments = column_moments<T>;
+    k.wide_moments = wide_moments<T>;
+    k.lane_sums = lane_sums<typename Element<T>::Acc>;
     k.stream = stream;
     k.fence = fence;
-    k.first = first<T>;
-    k.firsts = firsts<T>;
+    k.gather = gather<T>;
     fill_activation<T, Identity>(k, Activation::identity);
     fill_activation<T, Relu>(k, Activation::relu);
     fill_activation<T, Relu6>(k, Activation::relu6);

@@ -5,7 +5,7 @@
 
 namespace bn {
 
-// Coefficients of a channel (plane kernels: pointers to one value) or of every column (column kernels: arrays).
+// One coefficient a row of a block (plane kernels), or one a column (column kernels).
 // A is the accumulator type: float, or double for float64.
 template <class A>
 struct ForwardCoefficients {
@@ -16,47 +16,39 @@ template <class A>
 struct BackwardCoefficients {
     const A *mean, *scale, *shift;  // as in the forward: the pre-activation is recomputed bit for bit
     const A *inv_std;               // z_hat = (z - mean) * inv_std
-    const A *k0, *k1;               // dz = scale * (g + k0 + z_hat * k1)
-};
-
-struct Moments {
-    double center;  // any value close to the data
-    double sum;     // sum of (z - center)
-    double square;  // sum of (z - center)^2
+    const A *k0, *k1;               // dz = scale * (g + k0 + (z - mean) * k1)
 };
 
 struct Sums {
-    double dy;       // sum of g, g = dy * activation'(u)
-    double dy_zhat;  // sum of g * z_hat
+    double a, b;  // of the moments: sum (z - center), sum (z - center)^2; of the gradients: sum g, sum g * z_hat
 };
 
-// Where a block of `planes` pieces of `len` elements lies; `saved` is a bit mask or the residual.
-struct PlaneBlock {
-    const void *dy, *z, *saved;
-    ptrdiff_t dy_stride, z_stride, saved_stride;  // bytes from plane to plane
-    size_t planes, len;
-};
-
-struct ColumnBlock {
-    const void *dy, *z, *saved;
-    ptrdiff_t dy_stride, z_stride, saved_stride;  // bytes from row to row
-    size_t rows, cols;
+// Rows of `len` elements. To a plane kernel a row is (a piece of) a channel's plane, and the next row the next
+// channel's; to a column kernel it is a row of z. z has strides of its own; every other tensor is packed alike.
+struct Block {
+    const void *z = nullptr, *dy = nullptr;
+    const void *saved = nullptr;  // the residual; in the backward of a piecewise linear activation its bit mask
+    void *out = nullptr, *out_residual = nullptr;
+    uint8_t *mask = nullptr;                          // written by the forward
+    ptrdiff_t z_step = 0, step = 0, mask_step = 0;    // bytes from row to row: of z, of packed tensors, of bit masks
+    size_t rows = 0, len = 0;
+    bool stream = false;  // stores go past the caches: `out` and `step` are multiples of a vector
 };
 
 template <class A>
 struct Kernels {
-    using Apply = void (*)(void *y, const void *z, const void *residual, uint8_t *mask, size_t len,
-                           const ForwardCoefficients<A> &);
-    using PlaneReduce = Sums (*)(const PlaneBlock &, const BackwardCoefficients<A> &);
-    using ColumnReduce = void (*)(const ColumnBlock &, const BackwardCoefficients<A> &, double *sum_dy,
-                                  double *sum_dy_zhat);
-    using Input = void (*)(void *dz, void *dresidual, const void *dy, const void *z, const void *saved, size_t len,
-                           const BackwardCoefficients<A> &);
+    using Apply = void (*)(const Block &, const ForwardCoefficients<A> &);
+    // adds to two packs of lanes a row
+    using PlaneReduce = void (*)(const Block &, const BackwardCoefficients<A> &, A *lanes);
+    using ColumnReduce = void (*)(const Block &, const BackwardCoefficients<A> &, double *sum_dy, double *sum_dy_zhat);
+    using Input = void (*)(const Block &, const BackwardCoefficients<A> &);
 
-    Moments (*plane_moments)(const void *z, ptrdiff_t stride, size_t planes, size_t len);
-    // adds the moments of the rows, about `center`, to sum and square
-    void (*column_moments)(const void *z, ptrdiff_t stride, size_t rows, size_t cols, const A *center, double *sum,
-                           double *square);
+    // moments about `center` (one a row, one a column), added to lanes and to sums
+    void (*plane_moments)(const Block &, const A *center, A *lanes);
+    void (*column_moments)(const Block &, const A *center, double *sum, double *square);
+    // the same of one row in double, for squares that leave the range of A
+    Sums (*wide_moments)(const void *z, size_t len, double center);
+    Sums (*lane_sums)(const A *lanes);
     Apply plane_apply[activation_count][2];           // [activation][with residual]
     Apply column_apply[activation_count][2];
     PlaneReduce plane_reduce[activation_count][2];    // [activation][with saved]
@@ -66,10 +58,11 @@ struct Kernels {
     // copies with stores that go past the caches on whole aligned lines; call fence() before another thread reads
     void (*stream)(void *to, const void *from, size_t bytes);
     void (*fence)();
-    // first value of z, for the center of a channel
-    double (*first)(const void *z);
-    void (*firsts)(const void *z, size_t cols, A *out);
+    // `count` values, `step` bytes apart, as accumulators
+    void (*gather)(const void *z, ptrdiff_t step, size_t count, A *out);
 };
+
+constexpr int64_t lane_count = 16;
 
 struct KernelSet {
     const char *isa;

@@ -92,15 +92,59 @@ Array<T> array(int64_t count) {
     return Array<T>(new T[static_cast<size_t>(count)]);
 }
 
-inline void prefetch(const char *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
 // one more thread for about every 32,000 values: below that, waking it costs more than it does
 inline int useful_threads(int threads, int64_t values) {
     return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, values / 16384)));
 }
 
-constexpr int64_t scratch_bytes = 8192;  // a piece of output on its way to memory, in the first-level cache
+constexpr int64_t scratch_bytes = 8192;      // a piece of output on its way to memory, in the first-level cache
+constexpr int64_t chunk_bytes = 128 << 10;   // rows that are mapped in the order of memory before those ahead of them
+
+// Sums on their way, a pack of lanes each: two for each of some channels.
+template <class A>
+class LaneSums {
+  public:
+    explicit LaneSums(int64_t channels) : storage(array<A>(channels * width + 16)) {
+        const size_t off = reinterpret_cast<uintptr_t>(storage.get()) / sizeof(A) % 16;
+        begin = storage.get() + (16 - off) % 16;
+    }
+    A *clear(int64_t channels) {
+        std::fill(begin, begin + channels * width, A{0});
+        return begin;
+    }
+    static constexpr int64_t width = 2 * lane_count;
+
+  private:
+    Array<A> storage;
+    A *begin;
+};
+
+// Whether a kernel may write a block past the caches itself: whole vectors on their own boundaries.
+inline bool on_vectors(const void *out, int64_t step, int64_t rows, int64_t element) {
+    const uintptr_t vector = static_cast<uintptr_t>(std::min<int64_t>(64, 16 * element));
+    return (reinterpret_cast<uintptr_t>(out) | (rows > 1 ? static_cast<uintptr_t>(step) : 0)) % vector == 0;
+}
+
+// Maps rows of `len` elements one behind the other by way of a scratch in the first-level cache, several at a time:
+// whole lines then go past the caches wherever the rows begin. `map` computes the elements [start, start + count) of
+// the rows [row, row + rows) into the scratches; outputs that are null have none.
+template <class Map>
+void through_scratch(void (*stream)(void *, const void *, size_t), char *out, char *out_residual, int64_t rows,
+                     int64_t len, int64_t element, Map map) {
+    alignas(64) char scratch[2][scratch_bytes];
+    const int64_t bytes = len * element, fit = scratch_bytes / std::max<int64_t>(1, bytes);
+    const int64_t aligned = 64 / std::gcd(bytes, int64_t{64});
+    const int64_t batch = fit >= aligned ? fit / aligned * aligned : std::max<int64_t>(1, fit);
+    const int64_t piece = fit ? len : scratch_bytes / element;
+    for (int64_t row = 0; row < rows; row += batch) {
+        const int64_t count = std::min(batch, rows - row);
+        for (int64_t start = 0; start < len; start += piece) {
+            const int64_t some = std::min(piece, len - start), at = row * bytes + start * element;
+            map(row, count, start, some, scratch[0], out_residual ? scratch[1] : nullptr);
+            stream(out + at, scratch[0], static_cast<size_t>(count * some * element));
+            if (out_residual) stream(out_residual + at, scratch[1], static_cast<size_t>(count * some * element));
+        }
+    }
+}
 
 }  // namespace bn

@@ -34,6 +34,9 @@ struct Native<float> {
     static BN_INLINE void store(float *p, V v) { _mm512_storeu_ps(p, v); }
     static BN_INLINE V set1(float x) { return _mm512_set1_ps(x); }
     static BN_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    static BN_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
+    static BN_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
+    static BN_INLINE void stream(float *p, V v) { _mm512_stream_ps(p, v); }
     static BN_INLINE M lt(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
     static BN_INLINE M le(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
     static BN_INLINE V select(M m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }
@@ -49,6 +52,9 @@ struct Native<double> {
     static BN_INLINE void store(double *p, V v) { _mm512_storeu_pd(p, v); }
     static BN_INLINE V set1(double x) { return _mm512_set1_pd(x); }
     static BN_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+    static BN_INLINE V max(V a, V b) { return _mm512_max_pd(a, b); }
+    static BN_INLINE V min(V a, V b) { return _mm512_min_pd(a, b); }
+    static BN_INLINE void stream(double *p, V v) { _mm512_stream_pd(p, v); }
     static BN_INLINE M lt(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
     static BN_INLINE M le(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
     static BN_INLINE V select(M m, V a, V b) { return _mm512_mask_blend_pd(m, b, a); }
@@ -65,6 +71,9 @@ struct Native<float> {
     static BN_INLINE void store(float *p, V v) { _mm256_storeu_ps(p, v); }
     static BN_INLINE V set1(float x) { return _mm256_set1_ps(x); }
     static BN_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static BN_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
+    static BN_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
+    static BN_INLINE void stream(float *p, V v) { _mm256_stream_ps(p, v); }
     static BN_INLINE M lt(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
     static BN_INLINE M le(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
     static BN_INLINE V select(M m, V a, V b) { return _mm256_blendv_ps(b, a, m); }
@@ -84,6 +93,9 @@ struct Native<double> {
     static BN_INLINE void store(double *p, V v) { _mm256_storeu_pd(p, v); }
     static BN_INLINE V set1(double x) { return _mm256_set1_pd(x); }
     static BN_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+    static BN_INLINE V max(V a, V b) { return _mm256_max_pd(a, b); }
+    static BN_INLINE V min(V a, V b) { return _mm256_min_pd(a, b); }
+    static BN_INLINE void stream(double *p, V v) { _mm256_stream_pd(p, v); }
     static BN_INLINE M lt(V a, V b) { return _mm256_cmp_pd(a, b, _CMP_LT_OQ); }
     static BN_INLINE M le(V a, V b) { return _mm256_cmp_pd(a, b, _CMP_LE_OQ); }
     static BN_INLINE V select(M m, V a, V b) { return _mm256_blendv_pd(b, a, m); }
@@ -116,6 +128,17 @@ struct Generic {
             return (V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
         return a * b + c;
+#endif
+    }
+    static BN_INLINE V max(V a, V b) { return a > b ? a : b; }
+    static BN_INLINE V min(V a, V b) { return a < b ? a : b; }
+    static BN_INLINE void stream(A *p, V v) {
+#if defined(__SSE2__)
+        __m128i i;
+        memcpy(&i, &v, sizeof i);
+        _mm_stream_si128(reinterpret_cast<__m128i *>(p), i);
+#else
+        store(p, v);
 #endif
     }
     static BN_INLINE M lt(V a, V b) { return a < b; }
@@ -185,6 +208,17 @@ BN_INLINE Pack<A> fma(Pack<A> a, Pack<A> b, Pack<A> c) {
     BN_EACH a.v[i] = Native<A>::fma(a.v[i], b.v[i], c.v[i]);
     return a;
 }
+// the second of the two where they are equal or one is NaN
+template <class A>
+BN_INLINE Pack<A> max(Pack<A> a, Pack<A> b) {
+    BN_EACH a.v[i] = Native<A>::max(a.v[i], b.v[i]);
+    return a;
+}
+template <class A>
+BN_INLINE Pack<A> min(Pack<A> a, Pack<A> b) {
+    BN_EACH a.v[i] = Native<A>::min(a.v[i], b.v[i]);
+    return a;
+}
 template <class A>
 BN_INLINE Mask<A> lt(Pack<A> a, Pack<A> b) {
     Mask<A> r;
@@ -227,6 +261,10 @@ BN_INLINE Pack<A> load_acc(const A *p) {
 template <class A>
 BN_INLINE void store_acc(A *p, Pack<A> a) {
     BN_EACH Native<A>::store(p + i * Native<A>::W, a.v[i]);
+}
+template <class A>
+BN_INLINE void stream_acc(A *p, Pack<A> a) {  // past the caches, where there is such a store; p is aligned
+    BN_EACH Native<A>::stream(p + i * Native<A>::W, a.v[i]);
 }
 template <class A>
 BN_INLINE double sum_lanes(Pack<A> a) {  // a fixed tree, in double
