@@ -60,11 +60,20 @@ class BackwardStep {
     void reduce_segment(const Planes &g, int64_t c0, int64_t c1, int64_t segment, Lanes &lanes, Pair *out) {
         A *const sums = lanes.clear(c1 - c0);
         const int64_t begin = segment * g.units_per_segment, end = std::min(g.units, begin + g.units_per_segment);
-        for (int64_t u = begin; u < end; ++u) plane_reduce(block(g, u, c0, c1), of_channel(c0), sums);
+        for (int64_t u = begin; u < end; ++u) {
+            if (u + 1 < g.units) touch(g, u + 1, c0, c1);
+            plane_reduce(block(g, u, c0, c1), of_channel(c0), sums);
+        }
         for (int64_t c = c0; c < c1; ++c) {
             const Sums s = k.lane_sums(sums + (c - c0) * Lanes::width);
             out[c - c0] += {s.a, s.b};
         }
+    }
+
+    void touch(const Planes &g, int64_t u, int64_t c0, int64_t c1) const {
+        const int64_t n = u / g.pieces, at = g.start(u) * element, bytes = g.length(u) * (c1 - c0) * element;
+        bn::touch(z.at(n, c0) + at, bytes);
+        bn::touch(dy.at(n, c0) + at, bytes);
     }
 
     void map_unit(const Planes &g, int64_t u, int64_t c0, int64_t c1) {

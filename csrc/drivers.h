@@ -41,7 +41,7 @@ inline int64_t channels_together(const Planes &g, int64_t element, int inputs, i
     const int64_t plane = g.s * element, channel = g.n * plane * inputs;
     const int64_t near = static_cast<int64_t>(cache().per_core), last = static_cast<int64_t>(cache().last);
     const bool fits = g.c * channel <= last / 2;  // read from the last level, short runs do; from memory they do not
-    const int64_t wanted = fits ? 12288 : 32768, budget = fits ? near / 2 : std::max(near / 2, last / 4 / threads);
+    const int64_t wanted = fits ? 49152 : 131072, budget = std::max(2 * near, last / 4 / threads);
     int64_t group = 64 / std::gcd(plane, int64_t{64});
     while (group * plane < wanted && 2 * group * channel <= budget && 2 * group <= 128 && 4 * group * threads <= g.c)
         group *= 2;
@@ -67,7 +67,10 @@ void run_planes(Step &step, const Planes &g, int64_t element, int threads) {
                     for (int64_t c = c0; c < c1; ++c) step.finish(c, total[static_cast<size_t>(c - c0)]);
                 }
                 if (step.maps())  // backwards: what was read last is still near
-                    for (int64_t u = g.units; u-- > 0;) step.map_unit(g, u, c0, c1);
+                    for (int64_t u = g.units; u-- > 0;) {
+                        if (u) step.touch(g, u - 1, c0, c1);
+                        step.map_unit(g, u, c0, c1);
+                    }
             }
             step.end_of_thread();
         };

@@ -69,7 +69,10 @@ class ForwardStep {
     void reduce_segment(const Planes &g, int64_t c0, int64_t c1, int64_t segment, Lanes &lanes, Pair *out) {
         A *const sums = lanes.clear(c1 - c0);
         const int64_t begin = segment * g.units_per_segment, end = std::min(g.units, begin + g.units_per_segment);
-        for (int64_t u = begin; u < end; ++u) k.plane_moments(block(g, u, c0, c1), &center[c0], sums);
+        for (int64_t u = begin; u < end; ++u) {
+            if (u + 1 < g.units) touch(g, u + 1, c0, c1);
+            k.plane_moments(block(g, u, c0, c1), &center[c0], sums);
+        }
         for (int64_t c = c0; c < c1; ++c) {
             const Sums s = k.lane_sums(sums + (c - c0) * Lanes::width);
             Pair total{s.a, s.b};
@@ -83,6 +86,12 @@ class ForwardStep {
             }
             out[c - c0] += total;
         }
+    }
+
+    void touch(const Planes &g, int64_t u, int64_t c0, int64_t c1) const {
+        const int64_t n = u / g.pieces, at = g.start(u) * element, bytes = g.length(u) * (c1 - c0) * element;
+        bn::touch(z.at(n, c0) + at, bytes);
+        if (r) bn::touch(r.at(n, c0) + at, bytes);
     }
 
     void map_unit(const Planes &g, int64_t u, int64_t c0, int64_t c1) {

@@ -46,7 +46,10 @@ BN_INLINE T *row_of(const void *p, size_t row, ptrdiff_t step) {
 constexpr ptrdiff_t ahead = 2048;
 template <class T, bool Columns>
 BN_INLINE void prefetch(const T *p) {
-    if constexpr (Columns) __builtin_prefetch(reinterpret_cast<const char *>(p) + ahead);
+    if constexpr (Columns) {
+        __builtin_prefetch(reinterpret_cast<const char *>(p) + ahead, 0, 2);
+        if ((reinterpret_cast<uintptr_t>(p) & 4095) < 16 * sizeof(T)) __builtin_prefetch(reinterpret_cast<const char *>(p) + 16384, 0, 2);
+    }
 }
 
 template <class T, class Act, bool Columns, bool Residual>

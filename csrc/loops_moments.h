@@ -95,7 +95,8 @@ struct Ahead {
     BN_INLINE void fetch(size_t j) const {
         if (packed) {
             const char *p = next + j * group * sizeof(T);
-            BN_UNROLL for (size_t i = 0; i < lines; ++i) __builtin_prefetch(p + 64 * i);
+            BN_UNROLL for (size_t i = 0; i < lines; ++i) __builtin_prefetch(p + 64 * i, 0, 2);
+            if ((j * group * sizeof(T)) % 4096 == 0) __builtin_prefetch(p + 16384, 0, 2);
         } else {
             const char *p = next + j * sizeof(T);
             BN_UNROLL for (size_t k = 0; k < group; ++k) __builtin_prefetch(p + static_cast<ptrdiff_t>(k) * stride);

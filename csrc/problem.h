@@ -97,6 +97,10 @@ inline int useful_threads(int threads, int64_t values) {
     return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, values / 16384)));
 }
 
+inline void touch(const char *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 4096) __builtin_prefetch(p + i, 0, 2);
+}
+
 constexpr int64_t scratch_bytes = 8192;      // a piece of output on its way to memory, in the first-level cache
 constexpr int64_t chunk_bytes = 128 << 10;   // rows that are mapped in the order of memory before those ahead of them
 
