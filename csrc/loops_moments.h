@@ -160,6 +160,13 @@ void column_moments(const Block &block, const typename Element<T>::Acc *center, 
 template <class T>
 void gather(const void *z, ptrdiff_t step, size_t count, typename Element<T>::Acc *out) {
     using A = typename Element<T>::Acc;
+    if (step == static_cast<ptrdiff_t>(sizeof(T))) {
+        for (size_t i = 0; i < count; i += lanes) {
+            const size_t rest = count - i < lanes ? count - i : lanes;
+            store_partial(out + i, load_some(static_cast<const T *>(z) + i, rest), rest);
+        }
+        return;
+    }
     for (size_t i = 0; i < count; ++i) {
         A one[lanes];
         store_acc(one, load_partial(row_of<T>(z, i, step), 1));

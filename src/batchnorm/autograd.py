@@ -35,6 +35,7 @@ def observed(z: Tensor) -> bool:
     return (
         type(z) not in (Tensor, torch.nn.Parameter)
         or z.is_meta
+        or z.is_neg()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
@@ -74,6 +75,10 @@ def _recorded(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def _as(vector: Tensor, gradient: Tensor) -> Tensor:
+    return gradient if gradient.dtype is vector.dtype else gradient.to(vector.dtype)
 
 
 class _Training(torch.autograd.Function):
@@ -123,16 +128,9 @@ class _Training(torch.autograd.Function):
         dz, sum_dy, sum_dy_zhat, dresidual = ctx.engine.backward(
             dy, z, ctx.axis, mean, inv_std, gamma, beta, ctx.activation, saved, True, need[3]
         )
-        return (
-            dz if need[0] else None,
-            sum_dy_zhat.to(gamma.dtype) if need[1] else None,
-            sum_dy.to(beta.dtype) if need[2] else None,
-            dresidual,
-            None,
-            None,
-            None,
-            None,
-        )
+        dgamma = _as(gamma, sum_dy_zhat) if need[1] else None
+        dbeta = _as(beta, sum_dy) if need[2] else None
+        return dz if need[0] else None, dgamma, dbeta, dresidual, None, None, None, None
 
 
 # Function.apply without what it does for torch.func, which `observed` has sent elsewhere
@@ -166,15 +164,9 @@ class _Inference(torch.autograd.Function):
         dz, sum_dy, sum_dy_zhat, _ = ctx.engine.backward(
             dy, z, ctx.axis, mean, inv_std, gamma, beta, ctx.activation, None, False, False
         )
-        return (
-            dz if need[0] else None,
-            sum_dy_zhat.to(gamma.dtype) if need[1] else None,
-            sum_dy.to(beta.dtype) if need[2] else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        dgamma = _as(gamma, sum_dy_zhat) if need[1] else None
+        dbeta = _as(beta, sum_dy) if need[2] else None
+        return dz if need[0] else None, dgamma, dbeta, None, None, None, None
 
 
 def _match(
@@ -290,7 +282,7 @@ def normalize_batch(
         if tracking is not None:
             _record(tracking, count, mean, var)
         return y
-    if observed(z):
+    if observed(z) or (residual is not None and residual.is_neg()):
         return _composite_batch(z, gamma, beta, residual, None, None, axis, eps, activation, tracking)
     if _recorded(z, gamma, beta, residual):
         return _node(z, gamma, beta, residual, axis, eps, activation, tracking)
@@ -412,7 +404,7 @@ def normalize_population(
         y = F.batch_norm(swapped, mean, var, gamma, beta, False, 0.0, eps)
         y = y if axis == 1 else y.movedim(1, axis)
         return aten.activate(y if residual is None else y + residual, activation)
-    if observed(z):
+    if observed(z) or (residual is not None and residual.is_neg()):
         wide = z.to(aten.compute_dtype(z))
         inv_std = (var.to(wide.dtype) + eps).rsqrt()
         return _composite(wide, gamma, beta, residual, mean, inv_std, axis, activation).to(z.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from batchnorm import validation
 from batchnorm.autograd import normalize_batch, normalize_masked, normalize_population
+from batchnorm.kernels.select import select
 from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.operators import check_count
 from batchnorm.population import Tracking, count_empty
@@ -297,6 +298,18 @@ def train(
         Of the shape of ``z``.
     """
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
+    plain = tracking is None or type(tracking) is Tracking
+    if (
+        mask is None
+        and plain
+        and options.virtual_batch_size is None
+        and options.on_nonfinite != "raise"
+        and not torch.compiler.is_compiling()
+        and select(z).takes(z, axis, gamma, beta, residual, population)
+    ):
+        # what is below, for the common case: a look at each argument costs what a small batch does
+        eps, activation = options.eps, options.activation
+        return normalize_batch(z, gamma, beta, residual, axis, eps, activation, counting(tracking))
     vectors = (
         (gamma, beta)
         if population is None
@@ -310,7 +323,7 @@ def train(
         return _in_parts(
             z, gamma, beta, residual, keep, masked_output, tracking, population, options, axis, virtual
         )
-    if options.on_nonfinite == "raise" or not (tracking is None or isinstance(tracking, Tracking)):
+    if options.on_nonfinite == "raise" or not plain:
         tracking = _telling(tracking, options.on_nonfinite == "raise")
     return _one_batch(z, gamma, beta, residual, keep, masked_output, tracking, population, options, axis)
 

@@ -97,6 +97,18 @@ class AtenEngine:
 
     name = "aten"
 
+    def takes(
+        self,
+        z: Tensor,
+        channel_dim: int,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        tracking: Tracking | None,
+    ) -> bool:
+        """Say nothing: no quick look is made here."""
+        return False
+
     def batch_statistics(
         self, z: Tensor, channel_dim: int, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:

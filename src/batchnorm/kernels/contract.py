@@ -60,6 +60,20 @@ class Engine(Protocol):
 
     name: str
 
+    def takes(
+        self,
+        z: Tensor,
+        channel_dim: int,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        tracking: Tracking | None,
+    ) -> bool:
+        """Whether a training forward has nothing to find fault with, and two values a channel.
+
+        False says nothing: the arguments must then be looked at one by one.
+        """
+
     def batch_statistics(
         self, z: Tensor, channel_dim: int, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:

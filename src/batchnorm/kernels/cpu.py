@@ -1,16 +1,20 @@
 """The engine of the C++ core: CPU tensors of float32, float64, bfloat16 and float16.
 
 Importing never fails: where the core was not built `engine` is None and `absence` says why.
-`BATCHNORM_ISA` (baseline, avx2, avx512) overrides the choice of instruction set, `BATCHNORM_POOL` the bytes that
-the pool of output buffers may keep idle (0: no pool).
+`BATCHNORM_ISA` (baseline, avx2, avx512, avx512bf16) overrides the choice of instruction set, `BATCHNORM_POOL`
+the bytes that the pool of output buffers may keep idle (0: no pool).
+
+The core looks at tensors and makes them by itself, through DLPack's table of functions. What it does not take as it
+is, such as z with a stride inside its runs, or a float64 gamma beside a float32 z, it declines with None before
+anything is written; it is then brought into plain form here, and offered once more.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from math import inf, nan
-from typing import Any, NamedTuple
+from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,153 +29,23 @@ _core: Any
 try:
     # by name: it may not be there, and a type checker has no stub of it before it is built
     _core = importlib.import_module("batchnorm._core")
+    _core.use(Tensor.__dlpack_c_exchange_api__)  # type: ignore[attr-defined]
 except ImportError as error:  # not built for this machine: the engine of torch operations serves
     _core, absence = None, f"not built: {error}"
+except (AttributeError, RuntimeError):
+    _core, absence = None, f"torch {torch.__version__} has no table of DLPack functions; a newer one has"
 
+MOST_AXES = 16
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATION_CODES = {None: 0} | {name: code for code, name in enumerate(ACTIVATIONS, 1)}
-_STATISTICS, _NORMALIZATION, _BOTH = 1, 2, 3
-_REDUCTION, _INPUT_GRADIENT = 1, 2
-_NO_TRACKING = (0, 0, 0, 0, 0, 0.0, 1, False)
+_REDUCTION, _INPUT_GRADIENT, _BOTH = 1, 2, 3
+_OWN_COUNT = -1.0
 
-_LARGE = 1 << 20
-"""Bytes from which an output comes from the pool: below, torch's allocator has pages at hand."""
+_make = tuple.__new__
+"""A named tuple from a tuple, without a look at its fields."""
 
 _pooled = True
-
-
-class Plan(NamedTuple):
-    """How a tensor of one shape, stride and dtype goes through the core."""
-
-    head: tuple[int, ...]  # dtype, layout, n, c, s and two strides of z
-    acc: torch.dtype
-    code: int
-    shape: torch.Size
-    stride: tuple[int, ...]  # of every packed tensor beside z
-    copy: bool  # z must be packed first
-    large: bool
-    mask_bytes: int
-    values: int
-
-
-_plans: dict[tuple[Any, ...], Plan] = {}
-
-
-def _plan(z: Tensor, axis: int) -> Plan:
-    key = (z.shape, z.stride(), axis, z.dtype)
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= 4096:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(z.shape, z.stride(), axis, z.dtype)
-    return plan
-
-
-def _collapsed(shape: tuple[int, ...], stride: tuple[int, ...], axes: range) -> tuple[int, int] | None:
-    """Length and stride of several axes taken for one, or None where they are no single one."""
-    length, step = 1, 1
-    for a in reversed(axes):
-        if shape[a] == 1:
-            continue
-        if length == 1:
-            length, step = shape[a], stride[a]
-        elif stride[a] == length * step:
-            length *= shape[a]
-        else:
-            return None
-    return length, step
-
-
-def _make_plan(shape: torch.Size, stride: tuple[int, ...], axis: int, dtype: torch.dtype) -> Plan:
-    dim = len(shape)
-    c = shape[axis]
-    channel_step = stride[axis]
-    before = _collapsed(shape, stride, range(axis))
-    after = _collapsed(shape, stride, range(axis + 1, dim))
-    others = [a for a in range(dim) if a != axis]
-    rows = _collapsed(tuple(shape[a] for a in others), tuple(stride[a] for a in others), range(dim - 1))
-    code = _DTYPE_CODES[dtype]
-    values = shape.numel()
-    copy = False
-    order = list(range(dim))
-    if values == 0:
-        head = (code, 1, 0, c, 1, 0, 1)
-    elif rows is not None and (channel_step == 1 or c == 1) and (rows[1] >= c or rows[0] == 1):
-        # channels side by side; where there is one channel, its values may be
-        order = [*others, axis]
-        n, step = rows
-        if c == 1 and step == 1:
-            head = (code, 0, 1, 1, n, n, n)
-            order = list(range(dim)) if _is_packed(shape, stride, range(dim)) else order
-        else:
-            head = (code, 1, n, c, 1, c if n == 1 else step, 1)
-    elif before is not None and after is not None and (after[1] == 1 or after[0] == 1):
-        n, s = before[0], after[0]
-        if s == 1:
-            # (N, C, 1): channels with a stride between them
-            copy = channel_step != 1
-            head = (code, 1, n, c, 1, c if copy else before[1], 1)
-        else:
-            sc = s if c == 1 else channel_step
-            head = (code, 0, n, c, s, c * s if n == 1 else before[1], sc)
-    else:
-        copy = True
-        s = values // (shape[:axis].numel() * c)
-        head = (
-            (code, 0, shape[:axis].numel(), c, s, c * s, s) if s > 1 else (code, 1, values // c, c, 1, c, 1)
-        )
-    packed = _packed_stride(shape, order)
-    if stride == packed or _is_packed(shape, stride, order):
-        packed = stride if not copy else packed
-    return Plan(
-        head,
-        torch.float64 if dtype == torch.float64 else torch.float32,
-        code,
-        shape,
-        packed,
-        copy,
-        _pooled and values * dtype.itemsize >= _LARGE,
-        _core.mask_bytes(*head),
-        values // c if c else 0,
-    )
-
-
-def _packed_stride(shape: torch.Size, order: list[int]) -> tuple[int, ...]:
-    stride, step = [0] * len(shape), 1
-    for a in reversed(order):
-        stride[a] = step
-        step *= max(shape[a], 1)
-    return tuple(stride)
-
-
-def _is_packed(shape: torch.Size, stride: tuple[int, ...], order: Any) -> bool:
-    # axes of length 1 have no say
-    expected = 1
-    for a in reversed(list(order)):
-        if shape[a] != 1:
-            if stride[a] != expected:
-                return False
-            expected *= shape[a]
-    return True
-
-
-def _empty(plan: Plan, like: Tensor) -> Tensor:
-    if plan.large:
-        return torch.utils.dlpack.from_dlpack(_core.allocate(plan.code, plan.shape, plan.stride))
-    return torch.empty_strided(plan.shape, plan.stride, dtype=like.dtype)
-
-
-def _packed(t: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
-    """Give ``t`` in the memory order of the plan's outputs."""
-    if t.stride() == plan.stride and t.dtype is dtype:
-        return t
-    if t.dtype is dtype and all(
-        have == want for n, have, want in zip(plan.shape, t.stride(), plan.stride, strict=True) if n != 1
-    ):
-        return t
-    return torch.empty_strided(plan.shape, plan.stride, dtype=dtype).copy_(t)
 
 
 def _vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -180,8 +54,25 @@ def _vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return v.detach().to(dtype).contiguous()
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _plain(z: Tensor, axis: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Give z in a form that the core takes, and the strides of what lies beside it."""
+    z = z.detach().resolve_neg()
+    strides = _core.packed_strides(z, axis)
+    if strides is None:
+        z = z.contiguous()
+        strides = _core.packed_strides(z, axis)
+    return z, strides
+
+
+def _beside(t: Tensor | None, z: Tensor, strides: tuple[int, ...]) -> Tensor | None:
+    """Give ``t`` with these strides and z's dtype."""
+    if t is None:
+        return None
+    if t.dtype is z.dtype and not t.is_neg():
+        same = zip(z.shape, t.stride(), strides, strict=True)
+        if all(n == 1 or have == want for n, have, want in same):
+            return t
+    return torch.empty_strided(z.shape, strides, dtype=z.dtype).copy_(t.detach())
 
 
 class CpuEngine:
@@ -189,22 +80,28 @@ class CpuEngine:
 
     name = "cpu"
 
+    def takes(
+        self,
+        z: Tensor,
+        channel_dim: int,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        tracking: Tracking | None,
+    ) -> bool:
+        """Whether a training forward has nothing to find fault with, and nothing to convert."""
+        mean, var = (None, None) if tracking is None else tracking[:2]
+        return _core.takes(z, channel_dim, gamma, beta, residual, mean, var)
+
     def batch_statistics(
         self, z: Tensor, channel_dim: int, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean, and sum of squared deviations of each channel."""
         if mask is not None:
             return aten.engine.batch_statistics(z, channel_dim, mask)
-        plan = _plan(z, channel_dim)
-        if plan.copy:
-            z = z.contiguous()
-        vectors = torch.zeros if plan.values == 0 else torch.empty
-        mean, m2 = vectors((2, plan.head[3]), dtype=plan.acc).unbind()
-        _core.forward(
-            *plan.head, 0, _STATISTICS, z.data_ptr(), 0, 0, 0, 0, 0,
-            mean.data_ptr(), 0, 0, m2.data_ptr(), 0.0, *_NO_TRACKING,
-        )  # fmt: skip
-        return torch.tensor(float(plan.values), dtype=plan.acc), mean, m2
+        found = _core.statistics(z, channel_dim) or _core.statistics(_plain(z, channel_dim)[0], channel_dim)
+        count, mean, m2 = found
+        return torch.tensor(float(count), dtype=mean.dtype), mean, m2
 
     def normalize(
         self,
@@ -219,25 +116,17 @@ class CpuEngine:
         out: Tensor | None = None,
     ) -> Tensor:
         """Give y; into ``out`` (which may be z) when it is given."""
-        plan = _plan(z, channel_dim)
-        acc = plan.acc
-        if plan.copy:
-            z = z.contiguous()
-        y = (
-            out
-            if out is not None and out.stride() == plan.stride and out.dtype is z.dtype
-            else _empty(plan, z)
-        )
-        if residual is not None:
-            residual = _packed(residual, plan, z.dtype)
-        gamma, beta = _vector(gamma, acc), _vector(beta, acc)
-        mean, inv_std = _vector(mean, acc), _vector(inv_std, acc)  # type: ignore[assignment]
-        _core.forward(
-            *plan.head, _ACTIVATION_CODES[activation], _NORMALIZATION,
-            z.data_ptr(), _address(residual), y.data_ptr(), 0, _address(gamma), _address(beta),
-            mean.data_ptr(), 0, inv_std.data_ptr(), 0, 0.0, *_NO_TRACKING,
+        code = _ACTIVATION_CODES[activation]
+        y = _core.normalize(z, channel_dim, mean, inv_std, gamma, beta, residual, code, out)
+        if y is not None:
+            return y
+        plain, strides = _plain(z, channel_dim)
+        acc = aten.vector_dtype(z)
+        y = _core.normalize(
+            plain, channel_dim, _vector(mean, acc), _vector(inv_std, acc), _vector(gamma, acc),
+            _vector(beta, acc), _beside(residual, plain, strides), code, None,
         )  # fmt: skip
-        return y if out is None or out is y else out.copy_(y)
+        return y if out is None else out.copy_(y)
 
     def backward_reduce(
         self,
@@ -252,27 +141,10 @@ class CpuEngine:
         saved: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Give sum_dy and sum_dy_zhat."""
-        plan = _plan(z, channel_dim)
-        sums = torch.empty((2, plan.head[3]), dtype=plan.acc)
-        sum_dy, sum_dy_zhat = sums.unbind()
-        self._backward(
-            plan,
-            _REDUCTION,
-            dy,
-            z,
-            mean,
-            inv_std,
-            gamma,
-            beta,
-            activation,
-            saved,
-            sum_dy,
-            sum_dy_zhat,
-            inf,
-            None,
-            None,
+        found = self._backward(
+            _REDUCTION, dy, z, channel_dim, mean, inv_std, gamma, beta, activation, saved, None, None, inf, False
         )
-        return sum_dy, sum_dy_zhat
+        return found[1], found[2]
 
     def backward_input(
         self,
@@ -296,15 +168,11 @@ class CpuEngine:
             sum_dy, sum_dy_zhat, values = sum_dy / count, sum_dy_zhat / count, 1.0
         else:
             values = float(count)
-        plan = _plan(z, channel_dim)
-        sum_dy, sum_dy_zhat = _vector(sum_dy, plan.acc), _vector(sum_dy_zhat, plan.acc)  # type: ignore[assignment]
-        dz = _empty(plan, z)
-        dresidual = _empty(plan, z) if with_residual and activation is not None else None
-        dy = self._backward(
-            plan, _INPUT_GRADIENT, dy, z, mean, inv_std, gamma, beta, activation, saved,
-            sum_dy, sum_dy_zhat, values, dz, dresidual,
+        found = self._backward(
+            _INPUT_GRADIENT, dy, z, channel_dim, mean, inv_std, gamma, beta, activation, saved,
+            sum_dy, sum_dy_zhat, values, with_residual,
         )  # fmt: skip
-        return dz, dy if with_residual and activation is None else dresidual
+        return found[0], found[3]
 
     def forward(
         self,
@@ -318,48 +186,20 @@ class CpuEngine:
         tracking: Tracking | None,
     ) -> Forward:
         """Normalize with z's own statistics, and move the running statistics of ``tracking``."""
-        plan = _plan(z, channel_dim)
-        acc = plan.acc
-        if plan.copy:
-            z = z.contiguous()
-        y = _empty(plan, z)
-        c = plan.head[3]
-        mean, var, inv_std = torch.empty(c, dtype=acc), torch.empty(c, dtype=acc), torch.empty(c, dtype=acc)
-        gamma, beta = _vector(gamma, acc), _vector(beta, acc)
-        saved, mask, addend = None, 0, 0
-        if residual is not None:
-            residual = _packed(residual, plan, z.dtype)
-            addend = residual.data_ptr()
-            if activation in PIECEWISE_LINEAR:
-                saved = torch.empty(plan.mask_bytes, dtype=torch.uint8)
-                mask = saved.data_ptr()
-            elif activation is not None:
-                saved = residual
-        running: tuple[Any, ...] = _NO_TRACKING
-        later = None
+        code = _ACTIVATION_CODES[activation]
+        found = _core.forward(z, channel_dim, gamma, beta, eps, residual, code, tracking)
+        if found is not None:
+            return _make(Forward, found)
+        plain, strides = _plain(z, channel_dim)
+        acc = aten.vector_dtype(z)
+        residual = _beside(residual, plain, strides)
+        found = _core.forward(
+            plain, channel_dim, _vector(gamma, acc), _vector(beta, acc), eps, residual, code, None
+        )
+        result = Forward(*found)
         if tracking is not None:
-            if _tracks(tracking, acc):
-                running = (
-                    tracking.running_mean.data_ptr(),
-                    tracking.running_var.data_ptr(),
-                    _address(tracking.num_batches_tracked),
-                    _address(tracking.num_batches_skipped),
-                    _address(tracking.skipped_channels),
-                    nan if tracking.momentum is None else tracking.momentum,
-                    tracking.correction,
-                    tracking.skip_nonfinite,
-                )
-            else:
-                later = tracking
-        _core.forward(
-            *plan.head, _ACTIVATION_CODES[activation], _BOTH,
-            z.data_ptr(), addend, y.data_ptr(), mask,
-            0 if gamma is None else gamma.data_ptr(), 0 if beta is None else beta.data_ptr(),
-            mean.data_ptr(), var.data_ptr(), inv_std.data_ptr(), 0, eps, *running,
-        )  # fmt: skip
-        if later is not None:
-            commit(later, plan.values, mean, var)
-        return Forward(y, mean, var, inv_std, saved)
+            commit(tracking, z.numel() // z.shape[channel_dim], result.mean, result.var)
+        return result
 
     def backward(
         self,
@@ -376,65 +216,50 @@ class CpuEngine:
         with_residual: bool,
     ) -> Backward:
         """Give every gradient; ``training=False`` takes the statistics for constants."""
-        plan = _plan(z, channel_dim)
-        dz = _empty(plan, z)
-        dresidual = _empty(plan, z) if with_residual and activation is not None else None
-        c, acc = plan.head[3], plan.acc
-        sum_dy, sum_dy_zhat = torch.empty(c, dtype=acc), torch.empty(c, dtype=acc)
-        dy = self._backward(
-            plan, _REDUCTION | _INPUT_GRADIENT, dy, z, mean, inv_std, gamma, beta, activation, saved,
-            sum_dy, sum_dy_zhat, float(plan.values) if training else inf, dz, dresidual,
+        code = _ACTIVATION_CODES[activation]
+        count = _OWN_COUNT if training else inf
+        found = _core.backward(
+            _BOTH, dy, z, channel_dim, mean, inv_std, gamma, beta, code, saved, None, None, count, with_residual
+        ) or self._backward(
+            _BOTH, dy, z, channel_dim, mean, inv_std, gamma, beta, activation, saved,
+            None, None, count, with_residual,
         )  # fmt: skip
-        return Backward(dz, sum_dy, sum_dy_zhat, dy if with_residual and activation is None else dresidual)
+        return _make(Backward, found)
 
     @staticmethod
     def _backward(
-        plan: Plan,
         parts: int,
         dy: Tensor,
         z: Tensor,
+        axis: int,
         mean: Tensor,
         inv_std: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
         activation: str | None,
         saved: Tensor | None,
-        sum_dy: Tensor,
-        sum_dy_zhat: Tensor,
+        sum_dy: Tensor | None,
+        sum_dy_zhat: Tensor | None,
         count: float,
-        dz: Tensor | None,
-        dresidual: Tensor | None,
-    ) -> Tensor:
-        acc = plan.acc
-        if plan.copy:
-            z = z.contiguous()
-        if dy.stride() != plan.stride or dy.dtype is not z.dtype:
-            dy = _packed(dy, plan, z.dtype)
-        if saved is not None and (activation is None or activation not in PIECEWISE_LINEAR):
-            saved = None if activation is None else _packed(saved, plan, z.dtype)
-        gamma, beta = _vector(gamma, acc), _vector(beta, acc)
-        mean, inv_std = _vector(mean, acc), _vector(inv_std, acc)  # type: ignore[assignment]
-        _core.backward(
-            *plan.head, _ACTIVATION_CODES[activation], parts, dy.data_ptr(), z.data_ptr(),
-            0 if saved is None else saved.data_ptr(),
-            0 if dz is None else dz.data_ptr(), 0 if dresidual is None else dresidual.data_ptr(),
-            0 if gamma is None else gamma.data_ptr(), 0 if beta is None else beta.data_ptr(),
-            mean.data_ptr(), inv_std.data_ptr(), sum_dy.data_ptr(), sum_dy_zhat.data_ptr(), count,
-        )  # fmt: skip
-        return dy
-
-
-def _tracks(tracking: Tracking, acc: torch.dtype) -> bool:
-    """Whether the core can move these statistics itself."""
-    mean, var, skipped = tracking.running_mean, tracking.running_var, tracking.skipped_channels
-    return (
-        mean.dtype is acc
-        and var.dtype is acc
-        and mean.is_contiguous()
-        and var.is_contiguous()
-        and mean.is_cpu
-        and (skipped is None or skipped.is_contiguous())
-    )
+        with_residual: bool,
+    ) -> tuple[Any, ...]:
+        code = _ACTIVATION_CODES[activation]
+        found = _core.backward(
+            parts, dy, z, axis, mean, inv_std, gamma, beta, code, saved, sum_dy, sum_dy_zhat, count, with_residual
+        )
+        if found is not None:
+            return found
+        plain, strides = _plain(z, axis)
+        acc = aten.vector_dtype(z)
+        dy = _beside(dy, plain, strides)  # type: ignore[assignment]
+        if activation not in PIECEWISE_LINEAR:
+            saved = _beside(saved, plain, strides)
+        mean, inv_std, gamma, beta, sum_dy, sum_dy_zhat = (  # type: ignore[assignment]
+            _vector(v, acc) for v in (mean, inv_std, gamma, beta, sum_dy, sum_dy_zhat)
+        )
+        return _core.backward(
+            parts, dy, plain, axis, mean, inv_std, gamma, beta, code, saved, sum_dy, sum_dy_zhat, count, with_residual
+        )
 
 
 def _pool_limit(setting: str) -> int | None:
@@ -460,11 +285,10 @@ def set_pool_limit(limit: int) -> None:
     Parameters
     ----------
     limit : int
-        Bytes; 0 turns the pool off: outputs come from torch's allocator, and idle buffers go back to the system.
+        Bytes; 0 turns the pool off: an output's memory goes back to the system with it.
     """
     global _pooled
     _pooled = limit > 0
-    _plans.clear()
     if _core is not None:
         _core.pool_limit(limit)
 

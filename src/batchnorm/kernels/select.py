@@ -46,7 +46,7 @@ def select(z: Tensor) -> Engine:
     """
     if _override is not None:
         return _override
-    if cpu.engine is not None and z.device.type == "cpu" and z.dtype in cpu.DTYPES:
+    if cpu.engine is not None and z.is_cpu and z.dtype in cpu.DTYPES and z.dim() <= cpu.MOST_AXES:
         return cpu.engine
     return aten.engine
 
@@ -72,6 +72,8 @@ def reason(z: Tensor) -> str:
         return f"aten: the C++ core is not there ({cpu.absence})"
     if z.dtype not in cpu.DTYPES:
         return f"aten: the C++ core does not know {z.dtype}"
+    if z.dim() > cpu.MOST_AXES:
+        return f"aten: the C++ core takes tensors of up to {cpu.MOST_AXES} axes"
     return "cpu: the C++ core"
 
 
