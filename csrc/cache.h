@@ -13,6 +13,6 @@ const Cache &cache();
 
 // An output this large would push its own input out of the last level, and with all else that a step touches it is not
 // there any more when it is read; and a store into a cache reads the line from memory first.
-inline bool should_stream(size_t bytes) { return bytes > cache().last / 4; }
+inline bool should_stream(size_t bytes) { return bytes > cache().last / 8; }
 
 }  // namespace bn

@@ -41,10 +41,13 @@ inline int64_t channels_together(const Planes &g, int64_t element, int inputs, i
     const int64_t plane = g.s * element, channel = g.n * plane * inputs;
     const int64_t near = static_cast<int64_t>(cache().per_core), last = static_cast<int64_t>(cache().last);
     const bool fits = g.c * channel <= last / 2;  // read from the last level, short runs do; from memory they do not
-    const int64_t wanted = fits ? 49152 : 131072, budget = std::max(2 * near, last / 4 / threads);
+    const int64_t wanted = fits ? 98304 : 131072, budget = std::max(2 * near, last / 4 / threads);
+    const auto shared = [&](int64_t channels) {  // evenly, or in enough groups that it does not matter
+        const int64_t groups = (g.c + channels - 1) / channels;
+        return groups >= 4 * threads || (groups >= threads && groups % threads == 0);
+    };
     int64_t group = 64 / std::gcd(plane, int64_t{64});
-    while (group * plane < wanted && 2 * group * channel <= budget && 2 * group <= 128 && 4 * group * threads <= g.c)
-        group *= 2;
+    while (group * plane < wanted && 2 * group * channel <= budget && 2 * group <= 1024 && shared(2 * group)) group *= 2;
     return std::min(group * channel <= budget ? group : 1, g.c);
 }
 

@@ -64,7 +64,8 @@ struct Columns {
             }
         }
         // 64 segments at the most; short ones only where there are few rows, for each has sums of its own
-        segment_rows = std::max(std::clamp<int64_t>(rows / 8, 32, block_rows), (rows + 63) / 64);
+        const int64_t least = std::clamp<int64_t>(32768 / std::max<int64_t>(1, cols), 32, block_rows);
+        segment_rows = std::max(std::clamp<int64_t>(rows / 8, least, block_rows), (rows + 63) / 64);
         segment_rows = (segment_rows + 7) / 8 * 8;
         segments = std::max<int64_t>(1, (rows + (tail ? 1 : 0) + segment_rows - 1) / segment_rows);
     }
