@@ -33,6 +33,8 @@ class BackwardStep {
         column_input = k.column_input[a][with_saved];
         bits = with_saved && piecewise_linear(p.activation);
         streams = should_stream(static_cast<size_t>(x.n * c * s * element));
+        if (in_runs(x, streams, bits)) run_input = k.run_input[a][with_saved];
+        if (run_input) run_lanes = lanes_of_run(s);
         if (!p.beta) zeros.reset(new A[static_cast<size_t>(c)]());
         shift = p.beta ? p.beta : zeros.get();
         for (int64_t i = 0; i < c; ++i) {
@@ -83,6 +85,10 @@ class BackwardStep {
         b.out = out;
         b.out_residual = out_r;
         b.stream = streams;
+        if (run_input && (!streams || (on_vectors(out, 0, 1, element) && on_vectors(out_r, 0, 1, element)))) {
+            b.lanes = run_lanes.get();
+            return run_input(b, of_channel(c0));
+        }
         if (!streams || (on_vectors(out, b.step, c1 - c0, element) && on_vectors(out_r, b.step, c1 - c0, element)))
             return plane_input(b, of_channel(c0));
         const auto map = [&](int64_t row, int64_t rows, int64_t start, int64_t len, char *to, char *to_r) {
@@ -199,7 +205,8 @@ class BackwardStep {
     const A *shift = nullptr;
     typename Kernels<A>::PlaneReduce plane_reduce;
     typename Kernels<A>::ColumnReduce column_reduce;
-    typename Kernels<A>::Input plane_input, column_input;
+    typename Kernels<A>::Input plane_input, column_input, run_input = nullptr;
+    Array<int8_t> run_lanes;
     bool bits = false, streams = false;
 };
 

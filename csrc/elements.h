@@ -240,4 +240,9 @@ BN_INLINE void store_partial(T *p, Pack<typename Element<T>::Acc> v, size_t coun
 #endif
 }
 
+template <class T>
+BN_INLINE auto load_some(const T *p, size_t rest) {
+    return rest == lanes ? Element<T>::load(p) : load_partial(p, rest);
+}
+
 }  // namespace bn::BN_ISA

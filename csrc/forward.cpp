@@ -38,6 +38,8 @@ class ForwardStep {
         streams = p.y != p.z && should_stream(static_cast<size_t>(x.n * c * s * element));
         if (!(p.parts & statistics))
             for (int64_t i = 0; i < c; ++i) scale[i] = Affine<A>::scale(p.gamma, p.inv_std, i);
+        if (in_runs(x, streams, p.mask)) apply_run = k.run_apply[static_cast<int>(p.activation)][p.residual != nullptr];
+        if (apply_run) run_lanes = lanes_of_run(s);
         if (!p.beta) {
             zeros.reset(new A[static_cast<size_t>(c)]());
             shift = zeros.get();
@@ -107,6 +109,10 @@ class ForwardStep {
         };
         b.out = out;
         b.stream = streams;
+        if (apply_run && (!streams || on_vectors(out, 0, 1, element))) {
+            b.lanes = run_lanes.get();
+            return apply_run(b, coefficients(c0));
+        }
         if (!streams || on_vectors(out, b.step, c1 - c0, element)) return apply_plane(b, coefficients(c0));
         const auto map = [&](int64_t row, int64_t rows, int64_t start, int64_t len, char *to, char *) {
             apply_plane(part(b, row, rows, start, len, to), coefficients(c0 + row));
@@ -201,7 +207,8 @@ class ForwardStep {
     View z, y, r;
     Array<A> scale, center, zeros;
     const A *shift = nullptr;
-    typename Kernels<A>::Apply apply_plane, apply_column;
+    typename Kernels<A>::Apply apply_plane, apply_column, apply_run = nullptr;
+    Array<int8_t> run_lanes;
     bool streams = false;
     std::atomic<int64_t> skips{0};
 };

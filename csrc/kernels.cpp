@@ -26,6 +26,16 @@ void fill_activation(Kernels<typename Element<T>::Acc> &k, Activation which) {
     k.plane_input[a][1] = input<T, Act, false, true>;
     k.column_input[a][0] = input<T, Act, true, false>;
     k.column_input[a][1] = input<T, Act, true, true>;
+    k.run_apply[a][0] = k.run_apply[a][1] = nullptr;
+    k.run_input[a][0] = k.run_input[a][1] = nullptr;
+#if defined(BN_PERMUTES)
+    if constexpr (sizeof(typename Element<T>::Acc) == 4) {
+        k.run_apply[a][0] = run_apply<T, Act, false>;
+        k.run_apply[a][1] = run_apply<T, Act, true>;
+        k.run_input[a][0] = run_input<T, Act, false>;
+        k.run_input[a][1] = run_input<T, Act, true>;
+    }
+#endif
 }
 
 template <class T>

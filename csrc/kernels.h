@@ -33,6 +33,7 @@ struct Block {
     ptrdiff_t z_step = 0, step = 0, mask_step = 0;    // bytes from row to row: of z, of packed tensors, of bit masks
     size_t rows = 0, len = 0;
     bool stream = false;  // stores go past the caches: `out` and `step` are multiples of a vector
+    const int8_t *lanes = nullptr;  // run kernels: which of 16 / gcd(len, 16) rows each element of so many rows is in
 };
 
 template <class A>
@@ -55,6 +56,10 @@ struct Kernels {
     ColumnReduce column_reduce[activation_count][2];
     Input plane_input[activation_count][2];
     Input column_input[activation_count][2];
+    // plane kernels for short rows one behind the other, in vectors that know nothing of where a row begins; nullptr
+    // where this instruction set, or this type, has nothing to gain
+    Apply run_apply[activation_count][2];
+    Input run_input[activation_count][2];
     // copies with stores that go past the caches on whole aligned lines; call fence() before another thread reads
     void (*stream)(void *to, const void *from, size_t bytes);
     void (*fence)();
@@ -63,6 +68,7 @@ struct Kernels {
 };
 
 constexpr int64_t lane_count = 16;
+constexpr int64_t longest_of_run = 256;  // elements of a row in a run
 
 struct KernelSet {
     const char *isa;

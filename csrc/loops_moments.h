@@ -4,11 +4,6 @@
 
 namespace bn::BN_ISA {
 
-template <class T>
-BN_INLINE auto load_some(const T *p, size_t rest) {
-    return rest == lanes ? Element<T>::load(p) : load_partial(p, rest);
-}
-
 // Calls step(i, k) for every whole pack of a row, k the chain of additions it belongs to, and rest(i, count).
 template <class Step, class Rest>
 BN_INLINE void four_chains(size_t len, Step step, Rest rest) {

@@ -123,6 +123,23 @@ class LaneSums {
     A *begin;
 };
 
+// Packed planes that are no whole vectors are better written across their borders: where every vector must lie on its
+// own boundary to go past the caches, and where a plane is so short that its last vector counts. To move bit masks
+// across the borders too costs more than it saves, but for wide elements on their way to memory.
+inline bool in_runs(const Shape &x, bool streams, bool with_bits) {
+    constexpr int64_t short_plane = 128;
+    if (by_columns(x) || x.z_sc != x.s || x.s % 16 == 0 || x.s > longest_of_run) return false;
+    return with_bits ? streams && element_size(x.dtype) >= 4 : streams || x.s < short_plane;
+}
+
+// Which plane each element is in, of so many planes as are whole vectors together.
+inline Array<int8_t> lanes_of_run(int64_t s) {
+    const int64_t count = std::lcm(s, int64_t{16});
+    Array<int8_t> lanes = array<int8_t>(count);
+    for (int64_t i = 0; i < count; ++i) lanes[i] = static_cast<int8_t>(i / s);
+    return lanes;
+}
+
 // Whether a kernel may write a block past the caches itself: whole vectors on their own boundaries.
 inline bool on_vectors(const void *out, int64_t step, int64_t rows, int64_t element) {
     const uintptr_t vector = static_cast<uintptr_t>(std::min<int64_t>(64, 16 * element));

@@ -266,6 +266,26 @@ template <class A>
 BN_INLINE void stream_acc(A *p, Pack<A> a) {  // past the caches, where there is such a store; p is aligned
     BN_EACH Native<A>::stream(p + i * Native<A>::W, a.v[i]);
 }
+// lane i becomes lane which[i], of 16
+#if defined(__AVX512F__)
+#define BN_PERMUTES
+BN_INLINE Pack<float> permute(Pack<float> a, const int8_t *which) {
+    const __m512i i = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(which)));
+    a.v[0] = _mm512_permutexvar_ps(i, a.v[0]);
+    return a;
+}
+#elif defined(__AVX2__)
+#define BN_PERMUTES
+BN_INLINE Pack<float> permute(Pack<float> a, const int8_t *which) {
+    Pack<float> r;
+    BN_UNROLL for (int k = 0; k < 2; ++k) {
+        const __m256i i = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(which + 8 * k)));
+        const __m256 low = _mm256_permutevar8x32_ps(a.v[0], i), high = _mm256_permutevar8x32_ps(a.v[1], i);
+        r.v[k] = _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));  // bit 3 says which half
+    }
+    return r;
+}
+#endif
 template <class A>
 BN_INLINE double sum_lanes(Pack<A> a) {  // a fixed tree, in double
     A x[lanes];
