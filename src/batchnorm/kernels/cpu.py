@@ -142,7 +142,20 @@ class CpuEngine:
     ) -> tuple[Tensor, Tensor]:
         """Give sum_dy and sum_dy_zhat."""
         found = self._backward(
-            _REDUCTION, dy, z, channel_dim, mean, inv_std, gamma, beta, activation, saved, None, None, inf, False
+            _REDUCTION,
+            dy,
+            z,
+            channel_dim,
+            mean,
+            inv_std,
+            gamma,
+            beta,
+            activation,
+            saved,
+            None,
+            None,
+            inf,
+            False,
         )
         return found[1], found[2]
 
@@ -245,7 +258,20 @@ class CpuEngine:
     ) -> tuple[Any, ...]:
         code = _ACTIVATION_CODES[activation]
         found = _core.backward(
-            parts, dy, z, axis, mean, inv_std, gamma, beta, code, saved, sum_dy, sum_dy_zhat, count, with_residual
+            parts,
+            dy,
+            z,
+            axis,
+            mean,
+            inv_std,
+            gamma,
+            beta,
+            code,
+            saved,
+            sum_dy,
+            sum_dy_zhat,
+            count,
+            with_residual,
         )
         if found is not None:
             return found
@@ -258,7 +284,20 @@ class CpuEngine:
             _vector(v, acc) for v in (mean, inv_std, gamma, beta, sum_dy, sum_dy_zhat)
         )
         return _core.backward(
-            parts, dy, plain, axis, mean, inv_std, gamma, beta, code, saved, sum_dy, sum_dy_zhat, count, with_residual
+            parts,
+            dy,
+            plain,
+            axis,
+            mean,
+            inv_std,
+            gamma,
+            beta,
+            code,
+            saved,
+            sum_dy,
+            sum_dy_zhat,
+            count,
+            with_residual,
         )
 
 
