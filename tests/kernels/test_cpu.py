@@ -20,8 +20,8 @@ from batchnorm.population import Tracking
 
 pytestmark = pytest.mark.skipif(cpu.engine is None, reason=f"the C++ core is not there: {cpu.absence}")
 
-# every path through the core: planes by channel and by team, in pieces and in runs, columns of short planes, rows, and
-# rows side by side
+# every path through the core: planes by channel and by team, in pieces and in runs; columns of short planes, rows,
+# and rows side by side
 SHAPES = [
     (2, 3, 70, 70),
     (3, 2, 300, 300),
