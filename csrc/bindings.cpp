@@ -157,8 +157,9 @@ nb::object call_statistics(nb::handle z, int axis) {
     });
 }
 
-nb::object call_normalize(nb::handle z, int axis, nb::handle mean, nb::handle inv_std, nb::handle gamma, nb::handle beta,
-                          nb::handle residual, int activation, nb::handle out) {
+// `spread`: 1 / sqrt(var + eps); or var, with an eps of 0 or more
+nb::object call_normalize(nb::handle z, int axis, nb::handle mean, nb::handle spread, double eps, nb::handle gamma,
+                          nb::handle beta, nb::handle residual, int activation, nb::handle out) {
     Arguments a(z, axis);
     if (a.declined()) return nb::none();
     return with_accumulator(a.at.shape.dtype, [&](auto zero) -> nb::object {
@@ -169,12 +170,19 @@ nb::object call_normalize(nb::handle z, int axis, nb::handle mean, nb::handle in
         p.parts = normalization;
         p.z = a.begin;
         p.mean = static_cast<A *>(a.vector(mean));
-        p.inv_std = static_cast<A *>(a.vector(inv_std));
+        p.inv_std = static_cast<A *>(a.vector(spread));
         p.gamma = static_cast<A *>(a.vector(gamma));
         p.beta = static_cast<A *>(a.vector(beta));
         p.residual = a.packed(residual);
         p.y = a.packed(out);
         if (a.declined()) return nb::none();
+        Array<A> own;
+        if (eps >= 0) {
+            own = array<A>(p.shape.c);
+            for (int64_t c = 0; c < p.shape.c; ++c)
+                own[c] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(p.inv_std[c]) + eps));
+            p.inv_std = own.get();
+        }
         const nb::object y = out.is_none() ? a.output(p.y) : nb::borrow(out);
         p.threads = team::threads();
         without_lock(a.at, [&] { forward(p); });
@@ -267,8 +275,9 @@ NB_MODULE(_core, m) {
     m.def("forward", &call_forward, "z"_a, "axis"_a, "gamma"_a.none(), "beta"_a.none(), "eps"_a, "residual"_a.none(),
           "activation"_a, "tracking"_a.none(), "(y, mean, var, inv_std, saved), or None: declined.");
     m.def("statistics", &call_statistics, "z"_a, "axis"_a, "(count, mean, m2), or None: declined.");
-    m.def("normalize", &call_normalize, "z"_a, "axis"_a, "mean"_a, "inv_std"_a, "gamma"_a.none(), "beta"_a.none(),
-          "residual"_a.none(), "activation"_a, "out"_a.none(), "y, or None: declined.");
+    m.def("normalize", &call_normalize, "z"_a, "axis"_a, "mean"_a, "spread"_a, "eps"_a, "gamma"_a.none(),
+          "beta"_a.none(), "residual"_a.none(), "activation"_a, "out"_a.none(),
+          "y, or None: declined. `spread` is 1 / sqrt(var + eps), or var with an eps of 0 or more.");
     m.def("backward", &call_backward, "parts"_a, "dy"_a, "z"_a, "axis"_a, "mean"_a, "inv_std"_a, "gamma"_a.none(),
           "beta"_a.none(), "activation"_a, "saved"_a.none(), "sum_dy"_a.none(), "sum_dy_zhat"_a.none(), "count"_a,
           "with_residual"_a,

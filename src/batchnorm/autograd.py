@@ -408,16 +408,14 @@ def normalize_population(
         wide = z.to(aten.compute_dtype(z))
         inv_std = (var.to(wide.dtype) + eps).rsqrt()
         return _composite(wide, gamma, beta, residual, mean, inv_std, axis, activation).to(z.dtype)
+    if not _recorded(z, gamma, beta, residual):
+        engine: Engine = select(z)
+        out = z if inplace else None
+        return engine.infer(z, axis, mean, var, eps, gamma, beta, residual, activation, out)
     dtype = aten.vector_dtype(z)
-    inv_std = (var.double() + eps).rsqrt().to(dtype)
-    if _recorded(z, gamma, beta, residual):
-        # a copy of the mean: the live buffer may move before the backward comes
-        mean = mean.to(dtype, copy=True)
-        if residual is None:
-            return _Inference.apply(z, gamma, beta, mean, inv_std, axis, activation)
-        return aten.activate(
-            _Inference.apply(z, gamma, beta, mean, inv_std, axis, None) + residual, activation
-        )
-    engine: Engine = select(z)
-    mean = mean.to(dtype)
-    return engine.normalize(z, axis, mean, inv_std, gamma, beta, residual, activation, z if inplace else None)
+    inv_std = aten.inverse_deviation(var, eps, dtype)
+    # a copy of the mean: the live buffer may move before the backward comes
+    mean = mean.to(dtype, copy=True)
+    if residual is None:
+        return _Inference.apply(z, gamma, beta, mean, inv_std, axis, activation)
+    return aten.activate(_Inference.apply(z, gamma, beta, mean, inv_std, axis, None) + residual, activation)

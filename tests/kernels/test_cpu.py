@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+import batchnorm
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import aten, cpu
 from batchnorm.kernels.contract import ACTIVATIONS
+from batchnorm.kernels.select import select
 from batchnorm.population import Tracking
 
 pytestmark = pytest.mark.skipif(cpu.engine is None, reason=f"the C++ core is not there: {cpu.absence}")
@@ -212,6 +214,34 @@ def test_switches_are_read_at_import() -> None:
     refused = _run(ask, BATCHNORM_ISA="mmx")
     assert refused.returncode != 0
     assert "BATCHNORM_ISA='mmx'" in refused.stderr
+
+
+def test_a_torch_without_the_table_of_functions_is_served_by_its_own_operations() -> None:
+    done = _run(
+        """
+import torch
+torch.Tensor.__dlpack_c_exchange_api__ = None
+import batchnorm
+from batchnorm.kernels import cpu, select
+z = torch.randn(8, 3)
+assert cpu.engine is None and "no table" in cpu.absence and not cpu.info()["built"]
+assert select.select(z).name == "aten" and "no table" in select.reason(z)
+assert batchnorm.BatchNorm1d(3)(z).mean(0).abs().max() < 1e-6
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_lazily_negated_input_is_read_with_its_sign() -> None:
+    z, residual = torch.randn(6, 3, 5), torch.randn(6, 3, 5)
+    layer = batchnorm.BatchNorm1d(3, activation="relu")
+    lazy, lazy_residual = torch._neg_view(-z), torch._neg_view(-residual)
+    assert lazy.is_neg()
+    torch.testing.assert_close(layer(lazy, lazy_residual), layer(z, residual))
+    layer.eval()
+    torch.testing.assert_close(layer(lazy, lazy_residual), layer(z, residual))
+    found = select(lazy).batch_statistics(lazy, 1, None)[1]
+    torch.testing.assert_close(found, z.mean((0, 2)))
 
 
 def test_a_pool_size_that_is_no_number_is_refused() -> None:

@@ -15,6 +15,11 @@ from batchnorm.layout import values_per_channel, vector_shape
 from batchnorm.population import Tracking, commit
 
 
+def inverse_deviation(var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Give ``1 / sqrt(var + eps)``, the root taken in float64."""
+    return (var.double() + eps).rsqrt().to(dtype)
+
+
 def vector_dtype(z: Tensor) -> torch.dtype:
     """Dtype of statistics and sums: float32, float64 for float64."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
@@ -131,6 +136,24 @@ class AtenEngine:
         u, _ = self._pre_activation(z, channel_dim, mean, inv_std, gamma, beta, residual)
         y = activate(u, activation)
         return _as(z, y) if out is None else out.copy_(y)
+
+    def infer(
+        self,
+        z: Tensor,
+        channel_dim: int,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """`normalize` with population statistics."""
+        dtype = vector_dtype(z)
+        inv_std = inverse_deviation(var, eps, dtype)
+        return self.normalize(z, channel_dim, mean.to(dtype), inv_std, gamma, beta, residual, activation, out)
 
     def backward_reduce(
         self,

@@ -93,6 +93,21 @@ class Engine(Protocol):
     ) -> Tensor:
         """Give y; into ``out`` (which may be z) when it is given."""
 
+    def infer(
+        self,
+        z: Tensor,
+        channel_dim: int,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """`normalize` with population statistics, of any floating dtype."""
+
     def backward_reduce(
         self,
         dy: Tensor,

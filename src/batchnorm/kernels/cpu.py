@@ -32,7 +32,7 @@ try:
     _core.use(Tensor.__dlpack_c_exchange_api__)  # type: ignore[attr-defined]
 except ImportError as error:  # not built for this machine: the engine of torch operations serves
     _core, absence = None, f"not built: {error}"
-except (AttributeError, RuntimeError):
+except (AttributeError, RuntimeError, TypeError):
     _core, absence = None, f"torch {torch.__version__} has no table of DLPack functions; a newer one has"
 
 MOST_AXES = 16
@@ -41,6 +41,7 @@ DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _ACTIVATION_CODES = {None: 0} | {name: code for code, name in enumerate(ACTIVATIONS, 1)}
 _REDUCTION, _INPUT_GRADIENT, _BOTH = 1, 2, 3
 _OWN_COUNT = -1.0
+_INVERSE = -1.0
 
 _make = tuple.__new__
 """A named tuple from a tuple, without a look at its fields."""
@@ -117,16 +118,39 @@ class CpuEngine:
     ) -> Tensor:
         """Give y; into ``out`` (which may be z) when it is given."""
         code = _ACTIVATION_CODES[activation]
-        y = _core.normalize(z, channel_dim, mean, inv_std, gamma, beta, residual, code, out)
+        y = _core.normalize(
+            z, channel_dim, mean, inv_std, _INVERSE, gamma, beta, residual, code, out
+        )
         if y is not None:
             return y
         plain, strides = _plain(z, channel_dim)
         acc = aten.vector_dtype(z)
         y = _core.normalize(
-            plain, channel_dim, _vector(mean, acc), _vector(inv_std, acc), _vector(gamma, acc),
+            plain, channel_dim, _vector(mean, acc), _vector(inv_std, acc), _INVERSE, _vector(gamma, acc),
             _vector(beta, acc), _beside(residual, plain, strides), code, None,
         )  # fmt: skip
         return y if out is None else out.copy_(y)
+
+    def infer(
+        self,
+        z: Tensor,
+        channel_dim: int,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """`normalize` with population statistics."""
+        code = _ACTIVATION_CODES[activation]
+        y = _core.normalize(z, channel_dim, mean, var, eps, gamma, beta, residual, code, out)
+        if y is not None:
+            return y
+        inv_std = aten.inverse_deviation(var, eps, aten.vector_dtype(z))
+        return self.normalize(z, channel_dim, mean, inv_std, gamma, beta, residual, activation, out)
 
     def backward_reduce(
         self,

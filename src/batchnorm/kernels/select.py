@@ -46,7 +46,7 @@ def select(z: Tensor) -> Engine:
     """
     if _override is not None:
         return _override
-    if cpu.engine is not None and z.is_cpu and z.dtype in cpu.DTYPES and z.dim() <= cpu.MOST_AXES:
+    if cpu.engine is not None and z.is_cpu and z.dtype in cpu.DTYPES and z.dim() <= cpu.MOST_AXES and not z.is_neg():
         return cpu.engine
     return aten.engine
 
@@ -74,6 +74,8 @@ def reason(z: Tensor) -> str:
         return f"aten: the C++ core does not know {z.dtype}"
     if z.dim() > cpu.MOST_AXES:
         return f"aten: the C++ core takes tensors of up to {cpu.MOST_AXES} axes"
+    if z.is_neg():
+        return "aten: the values in memory have the other sign"
     return "cpu: the C++ core"
 
 
