@@ -287,6 +287,8 @@ NB_MODULE(_core, m) {
     m.def("select_isa", [](const std::string &isa) { select_isa(isa.c_str()); }, "isa"_a, "Choose an instruction set; '': the best.");
     m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
     m.def("available_isas", [] { return std::string(available_isas()); }, "Instruction sets that this machine runs.");
+    m.def("pretend_cache", &pretend_cache, "per_core"_a, "last"_a,
+          "For tests: sizes of caches in bytes; 0 and 0 for this machine's own.");
     m.def("compiler", [] { return std::string(BN_COMPILER); }, "What built this module.");
     m.def("runtime", [] { return std::string(team::runtime()); }, "Whose threads are used.");
     m.def("threads", &team::threads, "Threads that a call may use now.");

@@ -11,6 +11,9 @@ struct Cache {
 
 const Cache &cache();
 
+// For tests: with small caches small tensors go the ways of large ones. A last level of 0: this machine's own again.
+void pretend_cache(size_t per_core, size_t last);
+
 // An output this large would push its own input out of the last level, and with all else that a step touches it is not
 // there any more when it is read; and a store into a cache reads the line from memory first.
 inline bool should_stream(size_t bytes) { return bytes > cache().last / 8; }

@@ -208,8 +208,10 @@ int main(int argc, char **argv) {
     team::resolve();
     std::printf("threads: %s\n", team::runtime());
     std::string isas = available_isas();
-    for (char *isa = std::strtok(isas.data(), " "); isa; isa = std::strtok(nullptr, " ")) {
+    for (char *isa = std::strtok(isas.data(), " "); isa; isa = std::strtok(nullptr, " "))
+        for (size_t last : {size_t{0}, size_t{16} << 10}) {  // this machine's caches, and such as nothing fits
         select_isa(isa);
+        pretend_cache(last / 4, last);
         for (int dtype = 0; dtype < 4; ++dtype)
             for (int act = 0; act < activation_count; ++act)
                 for (int residual = 0; residual < 2; ++residual) {
@@ -231,8 +233,9 @@ int main(int argc, char **argv) {
                             check<float>(x, static_cast<Activation>(act), residual);
                     }
                 }
-        std::printf("%s: %d failures\n", isa, failures);
+        std::printf("%s, last level %zu KiB: %d failures\n", isa, cache().last >> 10, failures);
     }
+    pretend_cache(0, 0);
     pool::set_limit(size_t{8} << 20);
     std::vector<pool::Block> blocks;
     for (size_t i = 1; i <= 6; ++i) {

@@ -52,6 +52,7 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+    cpu._core.pretend_cache(0, 0)
 
 
 def _everything(z: torch.Tensor, dy: torch.Tensor, residual: torch.Tensor | None) -> list[torch.Tensor]:
@@ -68,7 +69,7 @@ def _everything(z: torch.Tensor, dy: torch.Tensor, residual: torch.Tensor | None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES + ROWS + STREAMED, ids=str)
-def test_any_number_of_threads_gives_the_same_bits(
+def test_any_number_of_threads_and_any_caches_give_the_same_bits(
     shape: tuple[int, ...], dtype: torch.dtype, threads: None
 ) -> None:
     layouts = [torch.contiguous_format, torch.channels_last] if len(shape) == 4 else [torch.contiguous_format]
@@ -76,8 +77,9 @@ def test_any_number_of_threads_gives_the_same_bits(
         z, dy, residual = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
         for extra in (None, residual):
             results = []
-            for count in (1, 2, 3):
+            for count, caches in ((1, (0, 0)), (2, (0, 0)), (3, (0, 0)), (1, (4096, 32768)), (3, (4096, 32768))):
                 torch.set_num_threads(count)
+                cpu._core.pretend_cache(*caches)
                 results.append(_everything(z, dy, extra))
             for other in results[1:]:
                 for have, want in zip(other, results[0], strict=True):

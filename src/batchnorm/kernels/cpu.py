@@ -118,9 +118,7 @@ class CpuEngine:
     ) -> Tensor:
         """Give y; into ``out`` (which may be z) when it is given."""
         code = _ACTIVATION_CODES[activation]
-        y = _core.normalize(
-            z, channel_dim, mean, inv_std, _INVERSE, gamma, beta, residual, code, out
-        )
+        y = _core.normalize(z, channel_dim, mean, inv_std, _INVERSE, gamma, beta, residual, code, out)
         if y is not None:
             return y
         plain, strides = _plain(z, channel_dim)

@@ -46,7 +46,13 @@ def select(z: Tensor) -> Engine:
     """
     if _override is not None:
         return _override
-    if cpu.engine is not None and z.is_cpu and z.dtype in cpu.DTYPES and z.dim() <= cpu.MOST_AXES and not z.is_neg():
+    if (
+        cpu.engine is not None
+        and z.is_cpu
+        and z.dtype in cpu.DTYPES
+        and z.dim() <= cpu.MOST_AXES
+        and not z.is_neg()
+    ):
         return cpu.engine
     return aten.engine
 
