@@ -77,7 +77,13 @@ def test_any_number_of_threads_and_any_caches_give_the_same_bits(
         z, dy, residual = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
         for extra in (None, residual):
             results = []
-            for count, caches in ((1, (0, 0)), (2, (0, 0)), (3, (0, 0)), (1, (4096, 32768)), (3, (4096, 32768))):
+            for count, caches in (
+                (1, (0, 0)),
+                (2, (0, 0)),
+                (3, (0, 0)),
+                (1, (4096, 32768)),
+                (3, (4096, 32768)),
+            ):
                 torch.set_num_threads(count)
                 cpu._core.pretend_cache(*caches)
                 results.append(_everything(z, dy, extra))
