@@ -29,7 +29,7 @@ _core: Any
 try:
     # by name: it may not be there, and a type checker has no stub of it before it is built
     _core = importlib.import_module("batchnorm._core")
-    _core.use(Tensor.__dlpack_c_exchange_api__)  # type: ignore[attr-defined]
+    _core.use(Tensor.__dlpack_c_exchange_api__)
 except ImportError as error:  # not built for this machine: the engine of torch operations serves
     _core, absence = None, f"not built: {error}"
 except (AttributeError, RuntimeError, TypeError):
