@@ -7,6 +7,7 @@
 #include "loops_forward.h"
 #include "loops_moments.h"
 #include "loops_backward.h"
+#include "loops_runs.h"
 #include "loops_stream.h"
 
 namespace bn::BN_ISA {

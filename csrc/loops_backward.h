@@ -156,40 +156,4 @@ void input(const Block &block, const BackwardCoefficients<typename Element<T>::A
     }
 }
 
-#if defined(BN_PERMUTES)
-template <class T, class Act, bool Saved>
-void run_input(const Block &block, const BackwardCoefficients<float> &c) {
-    constexpr bool with_bits = Saved && Act::has_side;
-    T *const dz = static_cast<T *>(block.out), *const dr = static_cast<T *>(block.out_residual);
-    const T *const z = static_cast<const T *>(block.z), *const dy = static_cast<const T *>(block.dy);
-    const void *const saved = block.saved;
-    const ptrdiff_t mask_step = block.mask_step;
-    const size_t len = block.len;
-    const bool past = block.stream;
-    RunBits bits;
-    const auto before = [&](size_t row, size_t some) BN_LAMBDA_INLINE {
-        if constexpr (with_bits)
-            bits.from_rows(static_cast<const uint8_t *>(saved) + static_cast<ptrdiff_t>(row) * mask_step, mask_step, some, len);
-    };
-    const auto step = [&, dz, dr, z, dy, saved, past](size_t i, size_t v, size_t count, Pack<float> m, Pack<float> a, Pack<float> b,
-                                                      Pack<float> c0, Pack<float> c1) BN_LAMBDA_INLINE {
-        const Pack<float> centered = load_some(z + i, count) - m, d = load_some(dy + i, count);
-        Pack<float> g;
-        if constexpr (with_bits)
-            g = Act::from_side(bits.get(v), d);
-        else
-            g = gradient<T, Act, Saved>(d, centered, a, b, saved, i, count);
-        const Pack<float> out = a * (fma(centered, c1, c0) + g);
-        if (count == lanes) {
-            put<T>(dz + i, out, past);
-            if (dr) put<T>(dr + i, g, past);
-        } else {
-            store_partial(dz + i, out, count);
-            if (dr) store_partial(dr + i, g, count);
-        }
-    };
-    each_of_run(block, before, step, [](size_t, size_t) {}, c.mean, c.scale, c.shift, c.k0, c.k1);
-}
-#endif
-
 }  // namespace bn::BN_ISA

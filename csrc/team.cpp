@@ -54,6 +54,7 @@ int threads() {
 }
 
 void run(int threads, Body body, void *context) {
+    if (!omp.parallel) return body(context, 0, 1);
     Call call{body, context};
     omp.parallel(
         [](void *c) {
