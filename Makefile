@@ -8,12 +8,12 @@ WORKERS ?= 2
 
 .PHONY: demo test test-all tiny lint bench sanitize studies clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml lab/pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first: later packages then find what they need and fetch nothing else
 	$(BIN)/pip install --quiet -c constraints.txt torch numpy
 	$(BIN)/pip install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]' -e lab
 	touch $@
 
 demo: $(VENV)/.installed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 import sys
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ from types import ModuleType
 from numpydoc.validate import validate
 
 import batchnorm
+import batchnorm_lab
 
 PUBLIC = (
     "batchnorm",
-    "batchnorm.data",
+    "batchnorm_lab.data",
     "batchnorm.functional",
     "batchnorm.layout",
     "batchnorm.population",
@@ -57,8 +59,11 @@ def public_objects() -> Iterator[str]:
 
 def without_summary() -> Iterator[str]:
     """Modules, and public names in them, that do not say what they are."""
-    for info in pkgutil.walk_packages(batchnorm.__path__, "batchnorm."):
-        if info.name.endswith("._core") or (info.name.endswith(".jax_peer") and not find_spec("jax")):
+    walks = (pkgutil.walk_packages(p.__path__, f"{p.__name__}.") for p in (batchnorm, batchnorm_lab))
+    for info in itertools.chain(*walks):
+        if info.name.endswith(("._core", "__main__", ".jax_peer")) and not (
+            info.name.endswith(".jax_peer") and find_spec("jax")
+        ):
             continue  # compiled; or beside a peer that is not installed
         module = importlib.import_module(info.name)
         if not module.__doc__:

@@ -10,15 +10,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from batchnorm import cli, info
-from batchnorm.bench import results
+from batchnorm import info
+from batchnorm.cli import app as command_line
 from batchnorm.errors import DataError
+from batchnorm_lab.bench import results
 
 RUNNER = CliRunner()
+APP = command_line.build()
 
 
 def commands():
-    return [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    return [command.name or command.callback.__name__ for command in APP.registered_commands]
 
 
 def test_the_commands_are_there():
@@ -27,13 +29,23 @@ def test_the_commands_are_there():
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_explains_itself(command):
-    shown = RUNNER.invoke(cli.app, [command, "--help"])
+    shown = RUNNER.invoke(APP, [command, "--help"])
     assert shown.exit_code == 0
     assert "Usage" in shown.output
 
 
+def test_without_the_laboratory_its_commands_say_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(command_line.metadata, "entry_points", lambda group: ())
+    alone = command_line.build()
+    for command in ("demo", "bench", "study"):
+        shown = RUNNER.invoke(alone, [command, "--quick", "all"])
+        assert shown.exit_code == 2
+        assert "pip install batchnorm-lab" in shown.output
+    assert RUNNER.invoke(alone, ["info"]).exit_code == 0
+
+
 def test_info_names_versions_engines_and_threads():
-    shown = RUNNER.invoke(cli.app, ["info"])
+    shown = RUNNER.invoke(APP, ["info"])
     assert shown.exit_code == 0
     assert torch.__version__ in shown.output
     assert "engine" in shown.output
@@ -52,18 +64,18 @@ def test_bench_times_in_a_process_of_its_own_and_keeps_rows(tmp_path):
     path = tmp_path / "rows.csv"
     arguments = ["--set", "mlp", "--form", "plain", "--mode", "inference", "--dtype", "float32", "--quick"]
     limits = ["--contenders", "ours,eager", "--rounds", "1", "--threads", "1", "--stop-after", "0.001"]
-    shown = RUNNER.invoke(cli.app, ["bench", *arguments, *limits, "--out", str(path)])
+    shown = RUNNER.invoke(APP, ["bench", *arguments, *limits, "--out", str(path)])
     assert shown.exit_code == 0, shown.output
     found = results.read(path)
     assert {row.contender for row in found} == {"ours", "eager", "floor"}
     assert {row.threads for row in found} == {1}
-    again = RUNNER.invoke(cli.app, ["bench", "--report", "--threads", "1", "--out", str(path)])
+    again = RUNNER.invoke(APP, ["bench", "--report", "--threads", "1", "--out", str(path)])
     assert again.exit_code == 0
     assert "slower than" in again.output
 
 
 def test_a_report_of_no_rows_is_an_error(tmp_path):
-    shown = RUNNER.invoke(cli.app, ["bench", "--report", "--out", str(tmp_path / "none.csv")])
+    shown = RUNNER.invoke(APP, ["bench", "--report", "--out", str(tmp_path / "none.csv")])
     assert isinstance(shown.exception, DataError)
 
 
@@ -76,16 +88,16 @@ def without(monkeypatch, package):
         return real(name, *rest, **named)
 
     for name in list(sys.modules):
-        if name.split(".")[0] == package or name.startswith("batchnorm.demo"):
+        if name.split(".")[0] == package or name.startswith("batchnorm_lab.demo"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", guarded)
 
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path):
     without(monkeypatch, "jinja2")
-    shown = RUNNER.invoke(cli.app, ["demo", "--out", str(tmp_path)])
+    shown = RUNNER.invoke(APP, ["demo", "--out", str(tmp_path)])
     assert shown.exit_code == 2
-    assert "pip install 'batchnorm[study]'" in shown.output
+    assert "pip install batchnorm-lab" in shown.output
     assert not list(tmp_path.iterdir())
 
 

@@ -10,10 +10,12 @@ from importlib.util import find_spec
 import pytest
 
 import batchnorm
+import batchnorm_lab
 
 MODULES = [
     info.name
-    for info in pkgutil.walk_packages(batchnorm.__path__, "batchnorm.")
+    for package in (batchnorm, batchnorm_lab)
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not info.name.endswith(("_core", "__main__"))
     # a peer of the benchmarks that need not be installed
     and (find_spec("jax") or not info.name.endswith("jax_peer"))

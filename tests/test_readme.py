@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm import cli
+from batchnorm.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "lab/benchmarks/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -37,8 +37,7 @@ def test_every_page_of_the_documentation_is_in_its_index():
 
 
 def test_every_command_that_is_named_is_there():
-    there = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    there |= {group.name for group in cli.app.registered_groups}
+    there = {command.name or command.callback.__name__ for command in app.build().registered_commands}
     for page in PAGES:
         for line in re.findall(r"(?:^|`)batchnorm ([a-z]+)", page.read_text(), re.MULTILINE):
             assert line in there, f"{page.name}: batchnorm {line}"

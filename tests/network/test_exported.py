@@ -9,9 +9,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import batchnorm
+from batchnorm.cli.network import register
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm.network.exported import open_network, raised
-from batchnorm.network_cli import register
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 

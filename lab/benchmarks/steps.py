@@ -1,0 +1,133 @@
+"""Times training steps of one model written in several ways, in turns."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+from batchnorm_lab.bench.measure import Outcome, Sample
+from batchnorm_lab.bench.results import append, provenance, rows
+from batchnorm_lab.bench.shapes import Case
+
+CONTENDER = {"before": "eager", "after": "ours", "accelerated": "accelerated"}
+
+
+def make_variant(name: str, variant: str, layout: str) -> nn.Module:
+    """Make a model in one of the ways it can be written.
+
+    Parameters
+    ----------
+    name : str
+        Of ``models.MODELS``.
+    variant : str
+        ``"before"``, ``"after"`` or ``"accelerated"``.
+    layout : str
+        ``"nchw"`` or ``"channels_last"``.
+
+    Returns
+    -------
+    nn.Module
+        In training mode.
+    """
+    model = models.make(name, models.fused_norm_act if variant == "after" else models.PlainNormAct)
+    if layout == "channels_last":
+        model = model.to(memory_format=torch.channels_last)
+    if variant == "accelerated":
+        import batchnorm
+
+        model = batchnorm.accelerate(model)
+    return model.train()
+
+
+def make_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def time_steps(
+    name: str,
+    variants: Sequence[str],
+    *,
+    batch: int,
+    size: int,
+    layout: str,
+    threads: int,
+    rounds: int,
+    path: Path | None,
+) -> Outcome:
+    """Time training steps of one model, its variants in turns.
+
+    Parameters
+    ----------
+    name : str
+        Of ``models.MODELS``.
+    variants : sequence of str
+        Of ``CONTENDER``.
+    batch, size : int
+        Images a step, and their side.
+    layout : str
+        ``"nchw"`` or ``"channels_last"``.
+    threads : int
+        Thread budget.
+    rounds : int
+        Steps timed of each variant, after one that is not.
+    path : Path or None
+        CSV to which rows are added.
+
+    Returns
+    -------
+    Outcome
+        Samples of contenders ``"eager"`` (before), ``"ours"`` (after) and ``"accelerated"``.
+    """
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, size, size, generator=generator)
+    labels = torch.randint(1000, (batch,), generator=generator)
+    if layout == "channels_last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    steps = {v: make_step(make_variant(name, v, layout), images, labels) for v in variants}
+    losses = {}
+    for variant, step in steps.items():
+        torch.manual_seed(1)  # dropout
+        losses[variant] = step()
+    print("first loss:", ", ".join(f"{v} {loss:.6f}" for v, loss in losses.items()))
+    if max(losses.values()) - min(losses.values()) > 1e-3 * max(losses.values()):
+        raise SystemExit("the variants do not compute the same loss: nothing was timed")
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    gc.collect()
+    gc.disable()
+    for done in range(rounds):
+        for variant in list(variants)[:: 1 if done % 2 else -1]:
+            start = time.perf_counter()
+            steps[variant]()
+            times[variant].append((time.perf_counter() - start) * 1e3)
+    gc.enable()
+    case = Case("step", (batch, 3, size, size), layout, "float32", name, "training")
+    samples = [Sample(CONTENDER[v], "step", np.array(t)) for v, t in times.items()]
+    outcome = Outcome(case, samples, {})
+    for variant, measured in times.items():
+        line = f"{name} batch {batch} {layout} {variant}: {np.median(measured):.0f} ms"
+        if "before" in times and variant != "before":
+            ratio = np.array(times["before"]) / np.array(measured)
+            line += f", {np.median(times['before']) / np.median(measured):.2f}x"
+            line += f" (round by round {ratio.min():.2f} to {ratio.max():.2f})"
+        print(line, flush=True)
+    if path is not None:
+        append(path, rows(outcome, provenance(threads)))
+    return outcome

@@ -1,0 +1,316 @@
+"""Who takes part: ours, torch eager, torch.compile and oneDNN, each behind the same few calls.
+
+A contender is made for one case from the same tensors. ``forward()`` runs it as a user would, with the
+output allocated by the call; ``backward()`` follows it through autograd. What they give back is compared
+once, before anything is timed, so that no one is timed at something else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm_lab.bench.shapes import Case
+
+MOMENTUM, EPS = 0.1, 1e-5
+
+
+class Operands(NamedTuple):
+    """The tensors of one case. ``residual`` is None where the form has none."""
+
+    z: Tensor
+    residual: Tensor | None
+    dy: Tensor
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    @property
+    def channel_dim(self) -> int:
+        """The axis of the channels."""
+        return 2 if self.z.dim() == 3 else 1
+
+
+class Unsupported(Exception):
+    """This contender cannot do this case; the message says why."""
+
+
+class Contender(Protocol):
+    """What the clock is put around."""
+
+    def forward(self) -> Any: ...
+
+    def backward(self, y: Any) -> Any: ...
+
+    def as_torch(self, value: Any) -> Tensor: ...
+
+
+def make_operands(case: Case, seed: int = 0) -> Operands:
+    """Draw fresh random data for a case.
+
+    Parameters
+    ----------
+    case : Case
+        What is to be timed.
+    seed : int, optional
+        Of the generator.
+
+    Returns
+    -------
+    Operands
+        Values of z have a different mean and scale in every channel.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    channel_dim = 2 if case.layout == "nlc" else 1
+    channels = case.shape[channel_dim]
+    across = [1] * len(case.shape)
+    across[channel_dim] = channels
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def place(values: Tensor) -> Tensor:
+        values = values.to(getattr(torch, case.dtype))
+        if case.layout == "channels_last":
+            last = torch.channels_last if values.dim() == 4 else torch.channels_last_3d
+            return values.contiguous(memory_format=last)
+        return values.contiguous()
+
+    z = draw(*case.shape)
+    z.mul_(draw(channels).abs().add_(0.5).view(across)).add_(draw(channels).view(across))
+    return Operands(
+        z=place(z),
+        residual=place(draw(*case.shape)) if case.form == "add_relu" else None,
+        dy=place(draw(*case.shape)),
+        weight=draw(channels).abs_().add_(0.5),
+        bias=draw(channels),
+        running_mean=torch.zeros(channels),
+        running_var=torch.ones(channels),
+    )
+
+
+def leaf(tensor: Tensor, wanted: bool) -> Tensor:
+    """Give a tensor that shares the memory of another and gathers a gradient of its own.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        The tensor.
+    wanted : bool
+        Whether it takes part in autograd.
+
+    Returns
+    -------
+    Tensor
+        A detached view.
+    """
+    return tensor.detach().requires_grad_(wanted)
+
+
+class TorchContender:
+    """Torch eager: ``F.batch_norm``, then the addition and ReLU in place, as torchvision writes it."""
+
+    def __init__(self, case: Case, operands: Operands) -> None:
+        self.case = case
+        self.training = case.mode == "training"
+        self.dy = operands.dy
+        self.z = leaf(operands.z, self.training)
+        residual = operands.residual
+        self.residual = None if residual is None else leaf(residual, self.training)
+        self.weight = leaf(operands.weight, self.training)
+        self.bias = leaf(operands.bias, self.training)
+        self.running_mean = operands.running_mean.clone()
+        self.running_var = operands.running_var.clone()
+        self.channel_dim = operands.channel_dim
+        leaves = (self.z, self.weight, self.bias, self.residual)
+        self.leaves = tuple(t for t in leaves if t is not None and self.training)
+        self.call = self.prepare()
+
+    def prepare(self) -> Any:
+        return self.formula
+
+    def formula(self, z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        if self.channel_dim == 2:
+            z = z.transpose(1, 2)
+        y = F.batch_norm(z, self.running_mean, self.running_var, weight, bias, self.training, MOMENTUM, EPS)
+        if self.channel_dim == 2:
+            y = y.transpose(1, 2)
+        if residual is not None:
+            y += residual
+        return y if self.case.form == "plain" else F.relu_(y)
+
+    def forward(self) -> Any:
+        if self.training:
+            return self.call(self.z, self.weight, self.bias, self.residual)
+        with torch.no_grad():
+            return self.call(self.z, self.weight, self.bias, self.residual)
+
+    def backward(self, y: Any) -> Any:
+        return torch.autograd.grad(y, self.leaves, self.dy)
+
+    def as_torch(self, value: Any) -> Tensor:
+        return value.to_dense() if value.is_mkldnn else value
+
+
+class Compiled(TorchContender):
+    """torch.compile with its defaults, for these very shapes."""
+
+    def prepare(self) -> Any:
+        import torch._inductor.config as inductor
+
+        # part of the cache's key: code compiled for two threads must not serve one
+        inductor.cpp.threads = torch.get_num_threads()
+        torch._dynamo.reset()
+        return torch.compile(self.out_of_place, dynamic=False)
+
+    def out_of_place(self, z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        return self.formula(z, weight, bias, residual)
+
+
+class OneDnn(TorchContender):
+    """oneDNN through torch's MKLDNN tensors; what it costs to make them is not counted."""
+
+    def __init__(self, case: Case, operands: Operands) -> None:
+        if case.layout not in ("nchw", "channels_last") or len(case.shape) not in (4, 5):
+            raise Unsupported("MKLDNN tensors: batch_norm takes (N, C, H, W) and (N, C, D, H, W) only")
+        if case.layout == "channels_last":
+            raise Unsupported("MKLDNN tensors are made in the plain layout whatever the input's was")
+        residual = operands.residual
+        opaque = operands._replace(
+            z=operands.z.to_mkldnn(),
+            residual=None if residual is None else residual.to_mkldnn(),
+            dy=operands.dy.to_mkldnn(),
+        )
+        super().__init__(case, opaque)
+        self.channel_dim = 1
+
+    def formula(self, z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        y = F.batch_norm(z, self.running_mean, self.running_var, weight, bias, self.training, MOMENTUM, EPS)
+        if residual is not None:
+            y = y + residual
+        if self.case.form == "plain":
+            return y
+        return F.relu(y) if self.training else F.relu_(y)
+
+
+class Ours(TorchContender):
+    """``batchnorm.functional.batch_norm``, as a user calls it."""
+
+    def prepare(self) -> Any:
+        from batchnorm.functional import batch_norm
+
+        self.operator = batch_norm
+        self.activation = None if self.case.form == "plain" else "relu"
+        self.extra: dict[str, Any] = {} if self.channel_dim == 1 else {"channel_dim": self.channel_dim}
+        return self.formula
+
+    def formula(self, z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        return self.operator(
+            z,
+            self.running_mean,
+            self.running_var,
+            weight,
+            bias,
+            self.training,
+            MOMENTUM,
+            EPS,
+            activation=self.activation,
+            residual=residual,
+            **self.extra,
+        )
+
+
+class EngineAlone(TorchContender):
+    """The engine without autograd and dispatch around it: what the kernels themselves cost."""
+
+    def prepare(self) -> Any:
+        from batchnorm.kernels.select import select
+
+        self.engine = select(self.z)
+        self.activation = None if self.case.form == "plain" else "relu"
+        self.inv_std = (self.running_var + EPS).rsqrt()
+        self.saved: tuple[Any, ...] = ()
+        return None
+
+    def forward(self) -> Any:
+        with torch.no_grad():
+            if not self.training:
+                return self.engine.normalize(
+                    self.z,
+                    self.channel_dim,
+                    self.running_mean,
+                    self.inv_std,
+                    self.weight,
+                    self.bias,
+                    self.residual,
+                    self.activation,
+                )
+            y, *saved = self.engine.forward(
+                self.z, self.channel_dim, self.weight, self.bias, EPS, self.residual, self.activation, None
+            )
+            self.saved = tuple(saved)
+            return y
+
+    def backward(self, y: Any) -> Any:
+        mean, _, inv_std, saved = self.saved
+        with torch.no_grad():
+            dz, dbeta, dgamma, dresidual = self.engine.backward(
+                self.dy,
+                self.z,
+                self.channel_dim,
+                mean,
+                inv_std,
+                self.weight,
+                self.bias,
+                self.activation,
+                saved,
+                True,
+                self.residual is not None,
+            )
+        return (dz, dgamma, dbeta) if dresidual is None else (dz, dgamma, dbeta, dresidual)
+
+
+def make(name: str, case: Case, operands: Operands) -> Contender:
+    """Make a contender ready to run a case.
+
+    Parameters
+    ----------
+    name : str
+        Of ``CONTENDERS``.
+    case : Case
+        What is to be timed.
+    operands : Operands
+        Its tensors.
+
+    Returns
+    -------
+    Contender
+        Ready, not yet warmed up.
+
+    Raises
+    ------
+    Unsupported
+        It cannot do this case, or is not installed.
+    """
+    if name == "jax":
+        try:
+            from batchnorm_lab.bench.jax_peer import Jax
+        except ImportError as error:
+            raise Unsupported("JAX is not installed") from error
+        return Jax(case, operands)
+    return TORCH_CONTENDERS[name](case, operands)
+
+
+TORCH_CONTENDERS: dict[str, type[TorchContender]] = {
+    "ours": Ours,
+    "engine": EngineAlone,
+    "eager": TorchContender,
+    "compile": Compiled,
+    "onednn": OneDnn,
+}
+PEERS = ("eager", "compile", "onednn", "jax")
+CONTENDERS = ("ours", "engine", *PEERS)

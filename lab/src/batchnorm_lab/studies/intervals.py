@@ -1,0 +1,227 @@
+"""Confidence intervals over seeds, and what follows from them about a claim.
+
+Every interval is for 95 %. Means of runs use Student's t over seeds; a comparison of two settings is
+first taken within each seed (same initial weights, same order of the data) and the t interval is over
+these differences, or over the logarithms of the ratios. Student's quantiles are computed here, since
+the package does not depend on SciPy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Interval", "mean_interval", "paired_difference", "ratio_interval", "student_quantile", "verdict"]
+
+CONFIDENCE = 0.95
+BORNE_OUT, NOT_BORNE_OUT, UNDECIDED = "borne out", "not borne out", "undecided"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % confidence interval, over ``seeds`` independent seeds.
+
+    With a single seed there is no interval: ``low`` is minus infinity and ``high`` infinity.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    seeds: int
+
+    def text(self, digits: int = 1, unit: str = "", signed: bool = False) -> str:
+        """Return ``estimate [low, high] unit``; a single seed is said to have no interval.
+
+        Parameters
+        ----------
+        digits : int, default 1
+            Digits after the point.
+        unit : str, default ""
+            Put after the numbers, with the space it needs.
+        signed : bool, default False
+            Write a plus before positive numbers.
+
+        Returns
+        -------
+        str
+            For people.
+
+        Examples
+        --------
+        >>> from batchnorm_lab.studies.intervals import mean_interval
+        >>> mean_interval([1.0, 2.0, 3.0]).text(1, " points")
+        '2.0 [-0.5, 4.5] points'
+        """
+        sign = "+" if signed else ""
+        middle = f"{self.estimate:{sign}.{digits}f}"
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            return f"{middle}{unit} (no interval: {self.seeds} seed{'s' if self.seeds != 1 else ''})"
+        return f"{middle} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]{unit}"
+
+
+def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """Return the two-sided quantile of Student's t distribution.
+
+    Parameters
+    ----------
+    freedom : int
+        Degrees of freedom, at least 1.
+    confidence : float, default 0.95
+        The probability between minus and plus the quantile.
+
+    Returns
+    -------
+    float
+        Correct to about 1e-9, by bisection on the exact distribution function for whole degrees.
+
+    References
+    ----------
+    M. Abramowitz and I. Stegun, Handbook of Mathematical Functions, 1964, 26.7.3 and 26.7.4.
+
+    Examples
+    --------
+    >>> from batchnorm_lab.studies.intervals import student_quantile
+    >>> round(student_quantile(4), 4)
+    2.7764
+    """
+    low, high = 0.0, 1.0
+    while _student_between(high, freedom) < confidence:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if _student_between(middle, freedom) < confidence:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def mean_interval(values: Iterable[float]) -> Interval:
+    """Return the mean of one value a seed with its t interval.
+
+    Parameters
+    ----------
+    values : iterable of float
+        One a seed, at least one.
+
+    Returns
+    -------
+    Interval
+        Infinite if there is a single seed or a value is not finite.
+
+    Examples
+    --------
+    >>> from batchnorm_lab.studies.intervals import mean_interval
+    >>> mean_interval([4.0, 4.0]).low
+    4.0
+    """
+    numbers = [float(value) for value in values]
+    count = len(numbers)
+    mean = math.fsum(numbers) / count
+    if count < 2 or not math.isfinite(mean):
+        return Interval(mean, -math.inf, math.inf, count)
+    variance = math.fsum((number - mean) ** 2 for number in numbers) / (count - 1)
+    half = student_quantile(count - 1) * math.sqrt(variance / count)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Return the mean of ``first - second`` within each seed, with its t interval.
+
+    Parameters
+    ----------
+    first, second : sequence of float
+        One value a seed, in the same order of seeds.
+
+    Returns
+    -------
+    Interval
+        In the unit of the values.
+
+    Examples
+    --------
+    >>> from batchnorm_lab.studies.intervals import paired_difference
+    >>> paired_difference([3.0, 4.0], [1.0, 2.0]).estimate
+    2.0
+    """
+    return mean_interval(a - b for a, b in zip(first, second, strict=True))
+
+
+def ratio_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Return the geometric mean of ``first / second`` within each seed, with its interval.
+
+    Parameters
+    ----------
+    first, second : sequence of float
+        Positive values, one a seed, in the same order of seeds.
+
+    Returns
+    -------
+    Interval
+        A t interval of the logarithm, brought back: not symmetric.
+
+    Examples
+    --------
+    >>> from batchnorm_lab.studies.intervals import ratio_interval
+    >>> round(ratio_interval([2.0, 8.0], [1.0, 1.0]).estimate, 6)
+    4.0
+    """
+    logs = mean_interval(math.log(a / b) for a, b in zip(first, second, strict=True))
+    high = math.exp(logs.high) if logs.high < 700 else math.inf
+    low = math.exp(logs.low) if math.isfinite(logs.low) else -math.inf
+    return Interval(math.exp(logs.estimate), low, high, logs.seeds)
+
+
+def verdict(interval: Interval, *, above: float | None = None, below: float | None = None) -> str:
+    """Say what an interval means for the claim that the true value is above (or below) a threshold.
+
+    Parameters
+    ----------
+    interval : Interval
+        Of what was measured.
+    above, below : float or None
+        The claim; exactly one of the two is given.
+
+    Returns
+    -------
+    {"borne out", "not borne out", "undecided"}
+        Borne out if the whole interval agrees, not borne out if the whole interval disagrees.
+
+    Raises
+    ------
+    ValueError
+        Both thresholds are given, or none.
+
+    Examples
+    --------
+    >>> from batchnorm_lab.studies.intervals import mean_interval, verdict
+    >>> verdict(mean_interval([1.0, 1.1, 0.9]), above=0)
+    'borne out'
+    >>> verdict(mean_interval([1.0, -1.1, 0.9]), above=0)
+    'undecided'
+    """
+    if above is not None and below is not None:
+        raise ValueError("a claim says above or below, not both")
+    if above is not None:
+        agrees, disagrees = interval.low > above, interval.high <= above
+    elif below is not None:
+        agrees, disagrees = interval.high < below, interval.low >= below
+    else:
+        raise ValueError("a claim says above or below, not neither")
+    return BORNE_OUT if agrees else NOT_BORNE_OUT if disagrees else UNDECIDED
+
+
+def _student_between(t: float, freedom: int) -> float:
+    """Return the probability of [-t, t] with a whole number of degrees of freedom (a finite sum)."""
+    theta = math.atan(t / math.sqrt(freedom))
+    cosine = math.cos(theta)
+    if freedom == 1:
+        return 2 * theta / math.pi
+    term = total = cosine if freedom % 2 else 1.0
+    for k in range(3 if freedom % 2 else 2, freedom, 2):
+        term *= cosine * cosine * (k - 1) / k
+        total += term
+    if freedom % 2:
+        return 2 / math.pi * (theta + math.sin(theta) * total)
+    return math.sin(theta) * total

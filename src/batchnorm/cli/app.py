@@ -1,0 +1,77 @@
+"""The commands: those of this package, and those that other packages add."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import typer
+from rich.console import Console
+
+from batchnorm.cli import network
+from batchnorm.errors import BatchNormError
+
+GROUP = "batchnorm.commands"
+"""Entry points of this group are commands: the name, and a function whose parameters typer reads."""
+
+LABORATORY = {
+    "demo": "A network normalized, trained, used one sample at a time, and folded.",
+    "bench": "Time the operator against its peers.",
+    "study": "Measure what is claimed of batch normalization.",
+}
+"""Commands of the package ``batchnorm-lab``, which say how to get it where it is missing."""
+
+
+def info() -> None:
+    """Print versions, engines and threads."""
+    from batchnorm.info import table
+
+    Console().print(table())
+
+
+def build() -> typer.Typer:
+    """Gather the commands.
+
+    Returns
+    -------
+    typer.Typer
+        The command line.
+    """
+    app = typer.Typer(
+        name="batchnorm",
+        help="Batch normalization for PyTorch: demo, studies, benchmarks, and networks changed by tools.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_show_locals=False,
+    )
+    added = {point.name: point for point in metadata.entry_points(group=GROUP)}
+    for name in sorted({*LABORATORY, *added}):
+        if name in added:
+            app.command(name)(added[name].load())
+        else:
+            _say_how_to_get(app, name)
+    app.command()(info)
+    network.register(app)
+    return app
+
+
+def _say_how_to_get(app: typer.Typer, name: str) -> None:
+    mend = "pip install batchnorm-lab; from a clone of the repository: pip install ./lab"
+
+    def absent(context: typer.Context) -> None:
+        typer.echo(f"batchnorm {name} is in the package batchnorm-lab.\n  mend: {mend}", err=True)
+        raise typer.Exit(2)
+
+    app.command(
+        name,
+        help=f"{LABORATORY[name]} In the package batchnorm-lab: {mend}.",
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )(absent)
+
+
+def run() -> None:
+    """Run the command line; an error of ours is printed without a traceback."""
+    try:
+        build()()
+    except BatchNormError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,300 @@
+"""Answers follow the records: where the truth of made-up records is known, so is the verdict."""
+
+import pytest
+
+from batchnorm_lab.studies import registry
+from batchnorm_lab.studies.faster_learning import FACTORS, race
+from batchnorm_lab.studies.hyperparameter_robustness import KINDS, widest_range, working
+from batchnorm_lab.studies.shifted_inputs import NO_ADAPTATION, SEVERITIES, SHIFTS
+
+SEEDS = range(5)
+
+
+def jitter(seed, size=0.001):
+    return size * (seed - 2)
+
+
+def record(result, **setting):
+    return {"setting": setting, "result": result}
+
+
+def verdicts(name, records, claim=None):
+    findings = registry.get_study(name).answer(records).findings
+    return [finding.verdict for finding in findings if claim is None or finding.claim == claim]
+
+
+def curve(fast_steps, seed, length=60):
+    """Accuracy that rises to 0.9 in a number of looks."""
+    steps = fast_steps + seed % 2
+    return [min(0.9, 0.1 + 0.8 * k / steps) for k in range(length)]
+
+
+def learning_records(plain, normed):
+    return [
+        record(
+            {"accuracy": curve(normed if normalized else plain, seed)},
+            model=model,
+            normalized=normalized,
+            factor=factor,
+            seed=seed,
+            every=10,
+            steps=590,
+        )
+        for model in ("mlp", "cnn")
+        for normalized in (False, True)
+        for factor in FACTORS
+        for seed in SEEDS
+    ]
+
+
+@pytest.mark.parametrize(("plain", "normed", "says"), [(40, 10, "borne out"), (10, 40, "not borne out")])
+def test_faster_learning_follows_the_steps(plain, normed, says):
+    assert set(verdicts("faster-learning", learning_records(plain, normed))) == {says}
+
+
+def test_a_run_that_never_gets_there_counts_as_all_its_steps_and_is_said():
+    records = learning_records(40, 10)
+    for each in records:
+        if each["setting"]["normalized"]:
+            each["result"]["accuracy"] = [0.2] * 60
+    base, arm, never = race(records, "mlp", True, 1)
+    assert never == 5
+    assert arm == [590] * 5
+    assert max(base) < 590
+    assert "5 of 5 runs never got there" in registry.get_study("faster-learning").answer(records).sentence
+
+
+@pytest.mark.parametrize(("plain", "says"), [(9.0, "borne out"), (1.0, "not borne out"), (3.0, "undecided")])
+def test_input_distribution_follows_the_travel(plain, says):
+    records = [
+        record(
+            {
+                "travel": (3.0 if normalized else plain)
+                * (1 + jitter(seed, 0.02 * (1 if normalized else -1))),
+                "width": 1,
+            },
+            normalized=normalized,
+            seed=seed,
+        )
+        for normalized in (False, True)
+        for seed in SEEDS
+    ]
+    assert set(verdicts("input-distribution", records)) == {says}
+
+
+def grid_records(works_plain, works_normed):
+    rates, scales = (-2.0, -1.0, 0.0, 1.0), (0.0, 1.0)
+    return [
+        record(
+            {"accuracy": 0.95 if rate in (works_normed if normalized else works_plain) else 0.5},
+            optimizer=kind,
+            normalized=normalized,
+            rate_exponent=rate,
+            scale_exponent=scale,
+            seed=seed,
+        )
+        for kind in KINDS
+        for normalized in (False, True)
+        for rate in rates
+        for scale in scales
+        for seed in SEEDS
+    ]
+
+
+def test_robustness_counts_the_settings_that_work():
+    records = grid_records({-1.0}, {-2.0, -1.0, 0.0})
+    works = working(records, seed=0)
+    assert {len(works[kind, True]) for kind in KINDS} == {6}
+    assert {len(works[kind, False]) for kind in KINDS} == {2}
+    assert set(verdicts("hyperparameter-robustness", records)) == {"borne out"}
+    assert "75.0 [75.0, 75.0] % of the settings against 25.0" in str(
+        registry.get_study("hyperparameter-robustness").answer(records)
+    )
+    assert set(verdicts("hyperparameter-robustness", grid_records({-1.0, 0.0}, {0.0}))) == {"not borne out"}
+
+
+def test_the_widest_range_has_no_gap():
+    rates = [-2.0, -1.0, 0.0, 1.0, 2.0]
+    works = {(0.0, -2.0), (0.0, -1.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (1.0, 2.0)}
+    assert widest_range(works, rates, [0.0]) == 1.0
+    assert widest_range(works, rates, [0.0, 1.0]) == 2.0
+    assert widest_range(set(), rates, [0.0]) == 0.0
+
+
+@pytest.mark.parametrize(("normed", "says"), [(0.9, "borne out"), (0.2, "not borne out")])
+def test_deep_networks_follow_the_accuracy_at_the_best_rate(normed, says):
+    records = [
+        record(
+            {
+                "accuracy": (normed if normalized else 0.5) + jitter(seed) - (0.1 if rate == 1.0 else 0),
+                "gradient": [3.0 if normalized else 1e-9, 1.0, 1.0],
+            },
+            activation=activation,
+            normalized=normalized,
+            depth=depth,
+            rate=rate,
+            seed=seed,
+        )
+        for activation in ("sigmoid", "tanh", "relu")
+        for normalized in (False, True)
+        for depth in (2, 30, 60)
+        for rate in (0.1, 1.0)
+        for seed in SEEDS
+    ]
+    assert set(verdicts("deep-networks", records)) == {says}
+    assert "3 times the last hidden one's with, 1e-09 times without" in str(
+        registry.get_study("deep-networks").answer(records)
+    )
+
+
+def test_where_to_normalize_judges_each_claim_by_its_own_arms():
+    level = {"nothing": 0.1, "inputs only": 0.3, "a (after)": 0.6, "z (before)": 0.5, "z and outputs": 0.4}
+    records = [
+        record(
+            {"accuracy": [0.1] + [level[arm] + jitter(seed)] * 9},
+            activation=act,
+            arm=arm,
+            rate=0.1,
+            seed=seed,
+            every=1,
+        )
+        for act in ("sigmoid", "relu")
+        for arm in level
+        for seed in SEEDS
+    ]
+    for each in records:  # what seeds do not share, so that there is an interval
+        each["result"]["accuracy"][-1] += jitter(each["setting"]["seed"] * len(each["setting"]["arm"]) % 5)
+    assert set(verdicts("where-to-normalize", records, "M1")) == {"borne out"}
+    assert set(verdicts("where-to-normalize", records, "M2")) == {"not borne out"}
+    assert set(verdicts("where-to-normalize", records, "M6")) == {"borne out"}
+
+
+def bias_records(difference):
+    return [
+        record(
+            {
+                "bias": {"loss": difference, "output": difference},
+                "control": {"loss": 1e-6, "output": 1e-6},
+                "bias_gradient": difference,
+                "parameters": {"with b": 110, "without b": 100},
+                "milliseconds": {"with b": 1.1 + jitter(seed), "without b": 1.0},
+            },
+            dtype=dtype,
+            seed=seed,
+            steps=300,
+        )
+        for dtype in ("float64", "float32")
+        for seed in SEEDS
+    ]
+
+
+def test_a_bias_that_matters_is_not_redundant():
+    assert set(verdicts("bias-is-redundant", bias_records(0.0))) == {"borne out"}
+    *identities, time_saved = verdicts("bias-is-redundant", bias_records(0.5))
+    assert set(identities) == {"not borne out"}
+    assert time_saved == "borne out"
+    assert "10 of 110 parameters" in str(registry.get_study("bias-is-redundant").answer(bias_records(0.0)))
+
+
+@pytest.mark.parametrize(("error", "says"), [(1e-16, "borne out"), (0.2, "not borne out")])
+def test_identity_recovery_follows_the_error(error, says):
+    records = [
+        record(
+            {
+                "exact": {"float64": error, "float32": error},
+                "descent": [1.0, error],
+                "mini_batch": {"64": 0.15 + jitter(seed)},
+            },
+            seed=seed,
+            descent=1,
+        )
+        for seed in SEEDS
+    ]
+    assert verdicts("identity-recovery", records) == [says, says, says, ""]
+
+
+def statistics_records(population, batch_1):
+    result = {"population": population, "batch 1": batch_1, "batch 4": batch_1, "without": batch_1}
+    result |= {"samples 2": 0.1, "samples 64": population, "samples 1000": population}
+    return [
+        record(
+            {
+                phase: {name: value + jitter(seed) for name, value in result.items()}
+                for phase in ("early", "late")
+            },
+            estimator=estimator,
+            seed=seed,
+        )
+        for estimator in ("moving, 0.9", "moving, 0.1", "moving, 0.01", "plain average", "pooled")
+        for seed in SEEDS
+    ]
+
+
+@pytest.mark.parametrize(("single", "says"), [(0.1, "borne out"), (0.99, "not borne out")])
+def test_test_time_statistics_follow_the_accuracies(single, says):
+    records = statistics_records(0.95, single)
+    assert verdicts("test-time-statistics", records, "M9") == [says]
+    assert verdicts("test-time-statistics", records, "M10") == [says, says]
+    assert "Pooled over 64 training samples" in str(
+        registry.get_study("test-time-statistics").answer(records)
+    )
+
+
+@pytest.mark.parametrize(("small", "says"), [(0.6, "borne out"), (0.99, "not borne out")])
+def test_small_batches_follow_the_accuracies(small, says):
+    level = {"group": 0.9, "pooled": 0.9, "batch": 0.9, "ghost": 0.9}
+    records = [
+        record(
+            {"accuracy": (small if size == 2 and arm in ("batch", "ghost") else level[arm]) + jitter(seed)},
+            arm=arm,
+            batch=size,
+            rate=0.1,
+            seed=seed,
+        )
+        for arm in level
+        for size in (2, 64)
+        for seed in SEEDS
+    ]
+    assert verdicts("small-batches", records) == [says, says, says, "borne out"]
+
+
+@pytest.mark.parametrize(("adapted", "says"), [(20.0, "borne out"), (70.0, "not borne out")])
+def test_shifted_inputs_follow_the_errors(adapted, says):
+    names = [f"{shift} {severity}" for shift in SHIFTS for severity in SEVERITIES]
+    records = [
+        record(
+            {
+                "error": {f"{name} {NO_ADAPTATION}": 50.0 + seed for name in names}
+                | {
+                    f"{name} {size} {prior}": adapted + seed
+                    for name in names
+                    for size in (16, 64)
+                    for prior in (0, 16)
+                }
+            },
+            seed=seed,
+            batches=[16, 64],
+            priors=[0.0, 16.0],
+        )
+        for seed in SEEDS
+    ]
+    assert set(verdicts("shifted-inputs", records)) == {says}
+
+
+@pytest.mark.parametrize(("trapped", "says"), [(0.5, "borne out"), (0.99, "not borne out")])
+def test_traps_cost_what_the_records_say(trapped, says):
+    records = [
+        record(
+            {
+                "accuracy": (0.9 if way == "right" else trapped) + jitter(seed),
+                "second task": 0.9 + jitter(seed),
+            },
+            trap=trap,
+            way=way,
+            seed=seed,
+        )
+        for trap in ("momentum", "variance", "fine-tuning", "padding")
+        for way in ("right", "trap")
+        for seed in SEEDS
+    ]
+    assert set(verdicts("convention-traps", records)) == {says}

@@ -1,0 +1,102 @@
+"""Every study runs at its quick level, goes on where it was, and draws what reads without colours."""
+
+from dataclasses import replace
+
+import pytest
+
+from batchnorm_lab.data import load
+from batchnorm_lab.studies import figures
+from batchnorm_lab.studies.registry import STUDIES, get_study
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studies")
+    made = {}
+
+    def run(name):
+        if name not in made:
+            study = get_study(name)
+            config = study.config("quick")
+            made[name] = study.run(config, data=data, path=folder / f"{name}.jsonl"), config, folder
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_records_lead_to_an_answer_with_a_verdict_for_every_claim(runs, name):
+    records, _, _ = runs(name)
+    study = get_study(name)
+    answer = study.answer(records)
+    assert {finding.claim for finding in answer.findings} - {""} == set(study.claims)
+    for finding in answer.findings:
+        assert finding.verdict in ("borne out", "not borne out", "undecided") or not finding.claim
+        assert finding.text in answer.sentence
+    assert "Only 2 seeds" in answer.sentence
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_second_run_measures_nothing(runs, data, name):
+    records, config, folder = runs(name)
+
+    def measure(unit, data, advance):
+        raise AssertionError("it was measured already")
+
+    again = replace(get_study(name), measure=measure).run(config, data=data, path=folder / f"{name}.jsonl")
+    assert again == records
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_answers_from_the_file_are_those_of_the_run(runs, name):
+    records, _, folder = runs(name)
+    from batchnorm_lab.studies.records import RecordFile
+
+    read = RecordFile(folder / f"{name}.jsonl").all()
+    assert get_study(name).answer(read) == get_study(name).answer(records)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_figures_have_units_and_read_in_black_and_white(runs, name, tmp_path):
+    records, _, _ = runs(name)
+    fig = get_study(name).plot(records)
+    svg, png = figures.save(fig, tmp_path / name)
+    assert svg.stat().st_size > 1000
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    drawn = [axes for axes in fig.axes if axes.has_data()]
+    assert drawn
+    for axes in drawn:
+        labelled = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+        looks = [(str(line.get_linestyle()), str(line.get_marker())) for line in labelled]
+        dashes = [line._dash_pattern for line in labelled]
+        both = list(zip(looks, map(str, dashes), strict=True))
+        assert len(set(both)) == len(both), f"two lines of {axes.get_title()!r} differ in colour alone"
+        hatches = [bars[0].get_hatch() or "" for bars in axes.containers if hasattr(bars, "patches")]
+        assert len(set(hatches)) == len(hatches), f"two bars of {axes.get_title()!r} differ in colour alone"
+    # An axis is named where it is not shared with a named one and its ticks are not names themselves.
+    for axes in drawn:
+        shared = axes.get_shared_y_axes().get_siblings(axes)
+        assert any(other.get_ylabel() for other in shared) or name == "convention-traps"
+        ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+        below = axes.get_shared_x_axes().get_siblings(axes)
+        names = any(text and text[0].isalpha() for text in ticks)
+        assert names or any(other.get_xlabel() for other in below) or _divisors(ticks)
+
+
+def _divisors(ticks):
+    return any("new batch" in text for text in ticks) or not any(ticks)
+
+
+def test_the_same_records_draw_the_same_file(runs, tmp_path):
+    records, _, _ = runs("input-distribution")
+    for stem in ("one", "two"):
+        figures.save(get_study("input-distribution").plot(records), tmp_path / stem)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()

@@ -1,0 +1,94 @@
+"""Intervals are Student's, hold the truth as often as they say, and lead to the right verdict."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchnorm_lab.studies.intervals import (
+    Interval,
+    mean_interval,
+    paired_difference,
+    ratio_interval,
+    student_quantile,
+    verdict,
+)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "table"),  # two-sided 95 %, from printed tables
+    [
+        (1, 12.706),
+        (2, 4.303),
+        (3, 3.182),
+        (4, 2.776),
+        (5, 2.571),
+        (7, 2.365),
+        (9, 2.262),
+        (19, 2.093),
+        (30, 2.042),
+    ],
+)
+def test_quantiles_are_those_of_the_tables(freedom, table):
+    assert student_quantile(freedom) == pytest.approx(table, abs=5e-4)
+
+
+def test_quantiles_agree_with_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in range(1, 40):
+        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+
+
+def test_the_interval_holds_the_true_mean_in_95_of_100_experiments():
+    draws = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    held = sum(interval.low <= 7 <= interval.high for interval in map(mean_interval, draws.tolist()))
+    assert 0.935 <= held / 2000 <= 0.965
+
+
+def test_a_single_seed_has_no_interval_and_decides_nothing():
+    interval = mean_interval([5.0])
+    assert (interval.low, interval.high) == (-math.inf, math.inf)
+    assert verdict(interval, above=0.0) == "undecided"
+    assert "no interval" in interval.text()
+
+
+def test_pairs_take_out_what_seeds_have_in_common():
+    base = [10.0, 50.0, 90.0]
+    assert paired_difference([b + 1 for b in base], base) == Interval(1.0, 1.0, 1.0, 3)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=8), st.floats(0.1, 10))
+def test_a_constant_ratio_is_found_exactly(seeds, factor):
+    interval = ratio_interval([factor * s for s in seeds], seeds)
+    assert interval.estimate == pytest.approx(factor)
+    assert interval.low == pytest.approx(factor)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=8))
+def test_the_estimate_lies_in_its_interval(seeds):
+    interval = mean_interval(seeds)
+    assert interval.low <= interval.estimate <= interval.high
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (0.1, 2.0, "borne out"),
+        (-2.0, -0.1, "not borne out"),
+        (-0.1, 0.1, "undecided"),
+        (-1.0, 0.0, "not borne out"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(low, high, says):
+    interval = Interval((low + high) / 2, low, high, 5)
+    assert verdict(interval, above=0.0) == says
+    mirrored = Interval(-(low + high) / 2, -high, -low, 5)
+    assert verdict(mirrored, below=0.0) == says
+
+
+@pytest.mark.parametrize("claim", [{}, {"above": 0.0, "below": 1.0}])
+def test_a_claim_has_one_direction(claim):
+    with pytest.raises(ValueError, match="above or below"):
+        verdict(Interval(0.0, 0.0, 0.0, 5), **claim)
