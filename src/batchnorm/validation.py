@@ -6,6 +6,7 @@ only when something is wrong.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -78,7 +79,9 @@ def check_momentum(momentum: float | None) -> None:
     momentum : float or None
         Weight of the new batch.
     """
-    if momentum is not None and (isinstance(momentum, (str, bool)) or not 0 <= momentum <= 1):
+    if momentum is not None and (
+        isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 <= momentum <= 1
+    ):
         raise ArgumentError(
             f"batch_norm: momentum must be between 0 and 1, and is {momentum!r}.",
             why="it is the weight of the new batch in an average; outside, the average runs away.",

@@ -136,3 +136,107 @@ def test_flax_without_statistics():
 def test_counts_that_differ_are_no_order():
     with pytest.raises(ArgumentError, match="2 in the model"):
         load_keras(network(), {"only": keras_arrays(2)}, names="order")
+
+
+def listed(arrays):
+    return [arrays[name] for name in ("gamma", "beta", "moving_mean", "moving_variance")]
+
+
+def test_what_get_weights_lists_is_read_as_keras_lists_it():
+    arrays = keras_arrays(3)
+    by_name, by_list = load_keras(nn.BatchNorm1d(3), arrays), load_keras(nn.BatchNorm1d(3), listed(arrays))
+    assert str(by_name.state_dict()) == str(by_list.state_dict())
+    # a list for every layer of a network, those of other layers among them
+    of_layers = {
+        "stem": listed(keras_arrays(2)),
+        "conv": [np.ones((1, 1, 2, 3)), np.ones(3)],
+        "dense": [np.ones((3, 3))],
+        "pool": [],
+        "head_bn": listed(keras_arrays(3)),
+    }
+    net = load_keras(network(), of_layers, names={"stem": "stem", "head_bn": "head.1"})
+    np.testing.assert_allclose(net["head"][1].running_var, of_layers["head_bn"][3], rtol=1e-6)
+    np.testing.assert_allclose(net["stem"].weight.detach(), of_layers["stem"][0], rtol=1e-6)
+
+
+def test_a_list_that_leaves_open_what_it_holds_is_refused():
+    arrays = keras_arrays(3)
+    alone = load_keras(nn.BatchNorm1d(3), listed(arrays)[2:])
+    np.testing.assert_allclose(alone.running_mean, arrays["moving_mean"], rtol=1e-6)
+    for model, weights, kind in (
+        (nn.BatchNorm1d(3), listed(arrays)[1:], DataError),
+        (nn.BatchNorm1d(3), [], DataError),
+        (network(), listed(arrays), ArgumentError),
+        (network(), {"stem": listed(arrays)[2:]}, DataError),
+        (network(), None, ArgumentError),
+        (network(), np.ones(3), ArgumentError),
+    ):
+        with pytest.raises(kind) as caught:
+            load_keras(model, weights)
+        assert caught.value.mend
+    with pytest.raises(ArgumentError, match="no dictionary"):
+        load_flax(network(), [1])
+
+
+def flax_variables(means):
+    return {
+        "params": {name: {"scale": np.ones(len(m)), "bias": np.zeros(len(m))} for name, m in means.items()},
+        "batch_stats": {name: {"mean": m, "var": np.ones(len(m))} for name, m in means.items()},
+    }
+
+
+def test_numbers_in_names_are_ordered_as_numbers():
+    # as JAX sorts them: BatchNorm_10 before BatchNorm_2
+    names = sorted(f"BatchNorm_{i}" for i in range(12))
+    variables = flax_variables({name: np.full(4, float(name.split("_")[1])) for name in names})
+    net = load_flax(nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(12))), variables, names="order")
+    assert [int(layer.running_mean[0]) for layer in net] == list(range(12))
+    # as Keras names them: the first has no number
+    names = sorted(["bn", *(f"bn_{i}" for i in range(1, 12))])
+    weights = {name: {**keras_arrays(4), "moving_mean": np.full(4, float(i))} for i, name in enumerate(names)}
+    net = load_keras(nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(12))), weights, names="order")
+    assert [names[int(layer.running_mean[0])] for layer in net] == ["bn", *(f"bn_{i}" for i in range(1, 12))]
+
+
+def test_blocks_are_ordered_as_numbers_too():
+    stats = {
+        f"Block_{i}": {
+            f"BatchNorm_{j}": {"mean": np.full(2, 10.0 * i + j), "var": np.ones(2)} for j in (0, 1)
+        }
+        for i in sorted(range(11), key=str)
+    }
+    net = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(22)))
+    load_flax(net, {"batch_stats": stats}, names="order")
+    assert [int(layer.running_mean[0]) for layer in net] == [10 * i + j for i in range(11) for j in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "means",
+    [
+        # sorted by JAX: which of the two was made first is not in it
+        {"Block_0": np.zeros(4), "bn_init": np.zeros(4)},
+        # listed against their numbers
+        {"BatchNorm_1": np.zeros(4), "BatchNorm_0": np.zeros(4)},
+    ],
+)
+def test_an_order_that_cannot_be_known_is_refused(means):
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    with pytest.raises(ArgumentError, match="order"):
+        load_flax(net, flax_variables(means), names="order")
+    assert net[0].eps == 1e-5
+
+
+def test_numbers_of_channels_tell_where_names_do_not():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(4))
+    load_flax(net, flax_variables({"Block_0": np.full(4, 7.0), "bn_init": np.full(3, 5.0)}), names="order")
+    assert net[0].running_mean.tolist() == [5.0] * 3
+    with pytest.raises(ArgumentError, match="in order, layer 0"):
+        load_flax(
+            net, flax_variables({"BatchNorm_0": np.zeros(4), "BatchNorm_1": np.zeros(3)}), names="order"
+        )
+
+
+def test_names_that_are_no_names_are_refused():
+    for names in ("ordre", ["stem"], {"stem": "stem", "haed": "head.1"}):
+        with pytest.raises(ArgumentError, match="names"):
+            load_keras(network(), {"stem": keras_arrays(2)}, names=names)

@@ -9,6 +9,7 @@ from torch import nn
 from batchnorm.accumulator import Accumulator
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import Layer
+from batchnorm.network.model import check_model
 
 
 class accumulate:
@@ -44,6 +45,7 @@ class accumulate:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_model(model, "accumulate")
         self._layers = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
         if not self._layers:
             raise ArgumentError(

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import ArgumentError, ShapeError
 from batchnorm.kernels import aten
 from batchnorm.layout import channel_axis, values_per_channel
-from batchnorm.network.batches import move_to, run_batch, single_device
+from batchnorm.network.batches import FORWARD, move_to, run_batch, single_device
+from batchnorm.network.model import check_model, check_number
 from batchnorm.population import blend, merge
 from batchnorm.validation import spread_mask
 
@@ -123,12 +124,18 @@ class adapt:
         *,
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
-        if not prior >= 0:
-            raise ArgumentError(
-                f"adapt: prior must not be negative, and is {prior}.",
-                why="it is a number of samples.",
-                mend="16 suits small test batches; 0 uses the batch alone.",
-            )
+        check_model(model, "adapt")
+        check_number(
+            "adapt",
+            "prior",
+            prior,
+            "not negative",
+            lambda samples: samples >= 0,
+            why="it is a number of samples.",
+            mend="16 suits small test batches; 0 uses the batch alone.",
+        )
+        if forward is not None and not callable(forward):
+            raise ArgumentError(f"adapt: forward={forward!r} is no function.", mend=FORWARD)
         layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         if not layers:
             raise ArgumentError(

@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError
+
+FORWARD = "pass forward=lambda model, batch: model(...)."
+"""The way out where it is not clear how a model takes a batch."""
+
+
+def batches_of(data: Any, verb: str) -> Iterable[Any]:
+    """Give the batches that ``data`` holds.
+
+    Parameters
+    ----------
+    data : iterable of batches, Tensor, or mapping
+        A tensor or a mapping is one batch.
+    verb : str
+        Who asks, for the message.
+
+    Returns
+    -------
+    iterable
+        Of batches.
+
+    Raises
+    ------
+    ArgumentError
+        It can't be iterated.
+    """
+    if isinstance(data, (Tensor, Mapping)):
+        return [data]
+    if isinstance(data, (str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise ArgumentError(
+            f"{verb}: data of type {type(data).__name__} is no iterable of batches.",
+            why="the statistics come from batches of inputs.",
+            mend="give a loader, a list of batches, a generator, or one tensor.",
+        )
+    return data
 
 
 def run_batch(model: nn.Module, batch: Any, verb: str) -> Any:
@@ -43,7 +77,7 @@ def run_batch(model: nn.Module, batch: Any, verb: str) -> Any:
         f"{verb}: a batch of type {type(batch).__name__} is neither a tensor, a mapping, nor a tuple or list "
         "whose first element is one.",
         why="it is not clear what of it the model takes.",
-        mend="pass forward=lambda model, batch: model(...).",
+        mend=FORWARD,
     )
 
 

@@ -16,7 +16,8 @@ from batchnorm.domain import active_domain
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm.layout import channel_axis
 from batchnorm.modules import Layer
-from batchnorm.network.batches import move_to, run_batch, single_device
+from batchnorm.network.batches import FORWARD, batches_of, move_to, run_batch, single_device
+from batchnorm.network.model import check_model, check_number
 from batchnorm.network.record import Record, write_record
 from batchnorm.population import merge
 
@@ -78,7 +79,8 @@ def calibrate(
     Raises
     ------
     ArgumentError
-        An unknown estimator, a momentum outside its range, a batch whose structure cannot be read.
+        ``model`` is no network that can be looked into; an unknown estimator, a momentum outside its range,
+        ``data`` that can't be iterated, a batch whose structure cannot be read.
     DataError
         ``data`` holds no batch.
 
@@ -111,23 +113,30 @@ def calibrate(
     >>> torch.allclose(model[1].running_mean, z.mean(0), atol=1e-6)
     True
     """
-    if estimator not in _ESTIMATORS:
+    check_model(model, "calibrate")
+    if not isinstance(estimator, str) or estimator not in _ESTIMATORS:
         raise ArgumentError(
             f"calibrate: estimator={estimator!r} is unknown.",
             mend=f"one of {', '.join(map(repr, _ESTIMATORS))}.",
         )
-    if estimator == "moving" and not 0 < momentum <= 1:
-        raise ArgumentError(
-            f"calibrate: momentum={momentum!r} is not in (0, 1].",
+    if estimator == "moving":
+        check_number(
+            "calibrate",
+            "momentum",
+            momentum,
+            "in (0, 1]",
+            lambda share: 0 < share <= 1,
             why="it is the weight of the new batch; 0 would never look at the data.",
         )
+    if forward is not None and not callable(forward):
+        raise ArgumentError(f"calibrate: forward={forward!r} is no function.", mend=FORWARD)
     told = Record()
     begun: list[Layer] = []
     try:
         meters = _meters(model, estimator, momentum, told, begun)
         device = single_device(model)
         batches = 0
-        stream: Any = [data] if isinstance(data, Tensor) else data
+        stream = batches_of(data, "calibrate")
         with _batch_statistics_mode(model, meters), _progress(stream, progress) as stream:
             for batch in stream:
                 if forward is not None:

@@ -15,6 +15,7 @@ from batchnorm.network.adopt import OURS, TORCH, become_ours, become_torch, torc
 from batchnorm.network.example import call_with
 from batchnorm.network.frozen import FrozenBatchNorm
 from batchnorm.network.kinds import CONVOLUTIONS, TRANSPOSED, is_frozen_lookalike
+from batchnorm.network.model import check_model, check_number
 from batchnorm.network.record import Record, write_record
 
 Kind = Literal["batchnorm", "torch", "sync", "frozen", "group", "layer", "instance"]
@@ -88,7 +89,8 @@ def convert(
     Raises
     ------
     ArgumentError
-        ``to`` is unknown, or ``groups`` is not positive. On any exception the model is as it was.
+        ``to`` is unknown, ``groups`` is not positive, or ``model`` is no network that can be changed. On any
+        exception the model is as it was.
 
     References
     ----------
@@ -105,10 +107,10 @@ def convert(
     >>> type(convert(model, "batchnorm")[1]) is batchnorm.BatchNorm2d
     True
     """
-    if to not in Kind.__args__:  # type: ignore[attr-defined]
+    if not isinstance(to, str) or to not in Kind.__args__:  # type: ignore[attr-defined]
         raise ArgumentError(f"convert: to={to!r} is unknown.", mend=f"one of {', '.join(Kind.__args__)}.")  # type: ignore[attr-defined]
-    if groups < 1:
-        raise ArgumentError(f"convert: groups={groups!r} is not positive.")
+    check_number(_TOOL, "groups", groups, "a positive whole number", lambda n: n >= 1 and n == int(n))
+    check_model(model, _TOOL)
     told = Record()
     layers = [(p, m) for p, m in model.named_modules() if isinstance(m, _BatchNorm) or _is_frozen(m)]
     axes = _axes_seen(model, [m for _, m in layers], example)

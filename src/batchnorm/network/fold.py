@@ -13,6 +13,7 @@ from batchnorm.network.affine import affine_of, fold_into_after, fold_into_befor
 from batchnorm.network.example import call_with, copied
 from batchnorm.network.folding import Folding
 from batchnorm.network.graph import Flow, batch_norms, find_flow
+from batchnorm.network.model import check_model
 from batchnorm.network.record import Record, write_record
 from batchnorm.network.verify import difference, precision_of
 from batchnorm.network.watching import modes, tensors_in
@@ -80,12 +81,7 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
     >>> torch.allclose(folded(x), net(x), atol=1e-5)
     True
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"fold: expected a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ArgumentError(
-            "fold: a scripted module can't be changed.", mend="fold the module it was made from, then script."
-        )
+    check_model(model, "fold")
     if hasattr(model, "_orig_mod"):
         raise ArgumentError(
             "fold: a compiled module would go on running what was compiled.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,17 +12,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, DataError, ShapeError
+from batchnorm.network.foreign_order import in_order
+from batchnorm.network.model import check_model, check_number
 from batchnorm.network.record import Record, write_record
 
 Names = Mapping[str, str] | Literal["order"] | None
 
 _KERAS = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 _FLAX = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+# Keras lists what learns before what does not
+_KERAS_LISTED = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
 def load_keras(
     model: nn.Module,
-    weights: Mapping[str, Any],
+    weights: Mapping[str, Any] | Sequence[Any],
     *,
     momentum: float = 0.99,
     epsilon: float = 1e-3,
@@ -40,18 +44,21 @@ def load_keras(
     ----------
     model : Module
         A batch-norm layer, or a network that holds some. Changed in place.
-    weights : mapping
-        For a layer: arrays of shape (C,) named ``gamma``, ``beta``, ``moving_mean``, ``moving_variance``.
-        For a network: the same under the layers' names, nested or flat (``"block1_bn/gamma:0"``). Entries
-        of other layers are passed over. An absent ``gamma`` is 1, an absent ``beta`` 0 (``scale=False``,
-        ``center=False``).
+    weights : mapping, or list of arrays
+        For a layer: arrays of shape (C,) named ``gamma``, ``beta``, ``moving_mean``, ``moving_variance``; or
+        what its ``get_weights()`` lists. For a network: the same under the layers' names, nested or flat
+        (``"block1_bn/gamma:0"``), or ``{layer.name: layer.get_weights() for layer in keras_model.layers}``.
+        Entries of other layers are passed over. An absent ``gamma`` is 1, an absent ``beta`` 0
+        (``scale=False``, ``center=False``); a list without them does not say which is absent, and is
+        refused but for the two statistics alone of a single layer.
     momentum : float in [0, 1], default 0.99
         Of the Keras layers: share of the old value that is kept.
     epsilon : float, default 1e-3
         Of the Keras layers [z]**2.
     names : mapping of str to str, or "order", optional
         From a layer's name in ``weights`` to its path in ``model``. By default the names are the paths, with
-        ``/`` for ``.``; ``"order"`` pairs the layers in the order in which both sides list them.
+        ``/`` for ``.``; ``"order"`` pairs the layers in the order in which both sides list them, where numbers
+        in names count as numbers (``bn_2`` before ``bn_10``). An order that contradicts them is refused.
 
     Returns
     -------
@@ -61,9 +68,10 @@ def load_keras(
     Raises
     ------
     DataError
-        No batch-norm values in ``weights``, or a field is missing.
+        No batch-norm values in ``weights``, a field is missing, or a list does not say what it holds.
     ArgumentError
-        A name without a layer, a momentum out of range, affine values for a layer without them.
+        ``model`` is no network, ``weights`` no dictionary; a name without a layer, an order that is none, a
+        momentum out of range, affine values for a layer without them.
     ShapeError
         An array's length is not the layer's number of channels. In every case nothing was written.
 
@@ -81,7 +89,17 @@ def load_keras(
     >>> layer.eps, round(layer.momentum, 3)
     (0.001, 0.01)
     """
-    groups = _groups(weights, _KERAS, "moving_mean")
+    _check(model, momentum, epsilon, names, "load_keras")
+    if isinstance(weights, (list, tuple)):
+        if not isinstance(model, _BatchNorm):
+            raise ArgumentError(
+                f"load_keras: a list of {len(weights)} arrays for a whole network.",
+                why="a list does not say which layer an array belongs to.",
+                mend="weights={layer.name: layer.get_weights() for layer in keras_model.layers}.",
+            )
+        weights = _named("", weights, statistics_alone=True)
+    named = _with_names(_checked(weights, "load_keras", "weights"))
+    groups = _groups(named, _KERAS, "moving_mean")
     return _load(model, groups, momentum, epsilon, names, "load_keras")
 
 
@@ -111,7 +129,9 @@ def load_flax(
     epsilon : float, default 1e-5
         Of the flax layers [z]**2.
     names : mapping of str to str, or "order", optional
-        From a layer's name (joined by ``/``) to its path in ``model``; see :func:`load_keras`.
+        From a layer's name (joined by ``/``) to its path in ``model``; see :func:`load_keras`. flax sorts
+        its dictionaries, so ``"order"`` goes by the numbers at the end of its automatic names, and by the
+        numbers of channels where layers with other names stand beside them; it refuses where neither tells.
 
     Returns
     -------
@@ -123,7 +143,8 @@ def load_flax(
     DataError
         No batch statistics in ``variables``, or a field is missing.
     ArgumentError
-        A name without a layer, a momentum out of range, affine values for a layer without them.
+        ``model`` is no network, ``variables`` no dictionary; a name without a layer, an order that can't be
+        known, a momentum out of range, affine values for a layer without them.
     ShapeError
         An array's length is not the layer's number of channels. In every case nothing was written.
 
@@ -142,7 +163,8 @@ def load_flax(
     >>> layer.running_mean.tolist()
     [1.0, 1.0]
     """
-    if not isinstance(variables.get("batch_stats"), Mapping):
+    _check(model, momentum, epsilon, names, "load_flax")
+    if not isinstance(_checked(variables, "load_flax", "variables").get("batch_stats"), Mapping):
         raise DataError(
             "load_flax: variables has no 'batch_stats'.",
             why="flax keeps a layer's population mean and variance there.",
@@ -153,6 +175,59 @@ def load_flax(
     for name, group in groups.items():
         group.update({field: v for field, v in affine.get(name, {}).items() if field in ("weight", "bias")})
     return _load(model, groups, momentum, epsilon, names, "load_flax")
+
+
+def _check(model: Any, momentum: Any, epsilon: Any, names: Any, who: str) -> None:
+    check_model(model, who)
+    share = "it is a share of the old value."
+    check_number(who, "momentum", momentum, "in [0, 1]", lambda kept: 0 <= kept <= 1, share)
+    variance = "a channel may have variance 0."
+    check_number(who, "epsilon", epsilon, "positive", lambda e: 0 < e < float("inf"), variance)
+    if not (names is None or names == "order" or isinstance(names, Mapping)):
+        raise ArgumentError(
+            f"{who}: names={names!r} is unknown.", mend='a mapping from name to path, "order", or None.'
+        )
+
+
+def _checked(values: Any, who: str, name: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ArgumentError(
+            f"{who}: {name} is a {type(values).__name__}, and no dictionary of arrays.",
+            why="the arrays are found by their names.",
+            mend="see its layout in the docstring.",
+        )
+    return values
+
+
+def _with_names(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The same nesting, with the lists of Keras' ``get_weights()`` under the names of their fields."""
+    named: dict[str, Any] = {}
+    for key, value in weights.items():
+        if isinstance(value, Mapping):
+            named[key] = _with_names(value)
+        else:
+            # of other layers: nothing in it has a name that is looked for
+            named[key] = _named(str(key), value) if isinstance(value, (list, tuple)) else value
+    return named
+
+
+def _named(layer: str, arrays: Sequence[Any], statistics_alone: bool = False) -> dict[str, Any]:
+    shapes = [np.shape(array) for array in arrays]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 1:
+        if not statistics_alone:
+            return {}
+    elif len(arrays) == 4:
+        return dict(zip(_KERAS_LISTED, arrays, strict=True))
+    elif len(arrays) == 2 and statistics_alone:
+        return dict(zip(_KERAS_LISTED[2:], arrays, strict=True))
+    elif len(arrays) == 1:
+        return {}
+    raise DataError(
+        f"load_keras: {f'{layer!r} lists' if layer else 'a list of'} {len(arrays)} arrays of shapes {shapes}.",
+        why="4 vectors of one length are gamma, beta, moving_mean, moving_variance; fewer do not say which of "
+        "them they are, and may be another layer's.",
+        mend='name them: {"gamma": ..., "moving_mean": ..., "moving_variance": ...}; leave other layers out.',
+    )
 
 
 def _groups(
@@ -187,14 +262,6 @@ def _load(
         raise DataError(
             f"{who}: no batch-norm statistics in the dictionary.", mend="see its layout in the docstring."
         )
-    if not 0 <= momentum <= 1:
-        raise ArgumentError(
-            f"{who}: momentum={momentum!r} is not in [0, 1].", why="it is a share of the old value."
-        )
-    if not epsilon > 0:
-        raise ArgumentError(
-            f"{who}: epsilon={epsilon!r} is not positive.", why="a channel may have variance 0."
-        )
     pairs = _pair(model, groups, names, who)
     planned = [
         (path, layer, _values(layer, path, groups[name], who)) for name, (path, layer) in pairs.items()
@@ -228,8 +295,19 @@ def _pair(
                 why="names='order' pairs them one by one.",
                 mend="give names as a mapping.",
             )
-        return dict(zip(groups, layers.items(), strict=True))
+        channels = {name: int(np.size(group.get("running_mean", ()))) for name, group in groups.items()}
+        wanted = [int(layer.num_features) for layer in layers.values()]
+        ordered = in_order(channels, wanted, sorts=who == "load_flax", who=who)
+        return dict(zip(ordered, layers.items(), strict=True))
     mapping = names if isinstance(names, Mapping) else {}
+    unused = [name for name in mapping if name not in groups]
+    if unused:
+        known = ", ".join(map(repr, list(groups)[:8]))
+        raise ArgumentError(
+            f"{who}: names holds {unused[0]!r}, and the dictionary no batch norm of that name.",
+            why="the layer it stands for would keep its values.",
+            mend=f"one of {known}.",
+        )
     pairs = {}
     for name in groups:
         path = mapping.get(name, name.replace("/", "."))

@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import Layer
+from batchnorm.network.model import check_model
 
 
 def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> nn.Module:
@@ -98,6 +99,7 @@ def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> 
 
 
 def _layers(model: nn.Module, verb: str) -> dict[str, Layer]:
+    check_model(model, verb)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
     strangers = [
         path

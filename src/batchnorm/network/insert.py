@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, BatchNormError, DataError, TraceError, VerificationError
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.network.batches import move_to, run_batch, single_device
+from batchnorm.network.batches import batches_of, move_to, run_batch, single_device
 from batchnorm.network.example import call_with, copied
 from batchnorm.network.graph import Flow, find_flow
 from batchnorm.network.hidden import Verdict, ends_residual_branch, judge
 from batchnorm.network.kinds import is_layer
+from batchnorm.network.model import check_model, check_number
 from batchnorm.network.normalized import Normalized
 from batchnorm.network.record import Record, write_record
 from batchnorm.network.verify import difference, precision_of
 from batchnorm.network.watching import modes, tensors_in
+from batchnorm.validation import check_momentum
 
 _TOOL = "insert"
 _BY_AXES = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
@@ -112,7 +114,7 @@ def insert(
     >>> torch.allclose(normalized.eval()(x), net(x), atol=1e-6)
     True
     """
-    _check(model, data, zero_init_residual, eps)
+    _check(model, data, zero_init_residual, eps, momentum)
     batches, first = _first_batch(data)
     run = _runner(model, example, first)
     flow = _look(model, run)
@@ -143,9 +145,8 @@ def insert(
     return write_record(result, told)
 
 
-def _check(model: nn.Module, data: Any, zero_init_residual: bool, eps: float) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"insert: expected a torch.nn.Module, got {type(model).__name__}.")
+def _check(model: nn.Module, data: Any, zero_init_residual: bool, eps: float, momentum: float | None) -> None:
+    check_model(model, _TOOL)
     lazy = [p for p, m in model.named_modules() if isinstance(m, nn.modules.lazy.LazyModuleMixin)]
     if lazy:
         raise ArgumentError(
@@ -159,19 +160,17 @@ def _check(model: nn.Module, data: Any, zero_init_residual: bool, eps: float) ->
             why="gamma = 0 silences the residual branches, and data= asks for the network's function to be kept.",
             mend="leave one of them out.",
         )
-    if not eps > 0:
-        raise ArgumentError(
-            f"insert: eps={eps!r} is not positive.", why="a constant channel would give 0 / 0."
-        )
+    check_number(
+        _TOOL, "eps", eps, "positive", lambda e: 0 < e < float("inf"), "a constant channel would give 0 / 0."
+    )
+    check_momentum(momentum)
 
 
 def _first_batch(data: Any) -> tuple[Iterable[Any] | None, Any]:
     """The batches with the first one looked at."""
     if data is None:
         return None, None
-    if isinstance(data, (Tensor, Mapping)):
-        return [data], data
-    stream = iter(data)
+    stream = iter(batches_of(data, _TOOL))
     try:
         first = next(stream)
     except StopIteration:

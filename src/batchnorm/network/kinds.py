@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
-_OTHER_NORMS = (
+OTHER_NORMS = (
     nn.LayerNorm,
     nn.GroupNorm,
     nn.LocalResponseNorm,
@@ -257,7 +257,7 @@ def is_norm(module: nn.Module) -> bool:
         True for a norm.
     """
     name = type(module).__name__.rstrip("123456789dD")
-    if is_batch_norm(module) or isinstance(module, _OTHER_NORMS):
+    if is_batch_norm(module) or isinstance(module, OTHER_NORMS):
         return True
     # a module with children, such as a PreNorm, is a block and no norm
     return name.endswith("Norm") and not module._modules
@@ -277,11 +277,7 @@ def is_leaf(module: nn.Module) -> bool:
         True for layers, batch norms, and the childless modules of ``torch.nn``.
     """
     # of an attention only the outside matters: no norm is in it, and its layers are read by name
-    if (
-        is_layer(module)
-        or is_batch_norm(module)
-        or isinstance(module, (*_OTHER_NORMS, nn.MultiheadAttention))
-    ):
+    if is_layer(module) or is_batch_norm(module) or isinstance(module, (*OTHER_NORMS, nn.MultiheadAttention)):
         return True
     home = type(module).__module__
     if isinstance(module, _CONTAINERS):

@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from batchnorm.network.model import check_model
+
 _ATTRIBUTE = "_batchnorm_record"
 LEFT_ALONE = "left alone"
 
@@ -169,6 +171,11 @@ def record(network: torch.nn.Module) -> Record:
         Prints as a table. Empty for a network that no tool has touched. It is copied and pickled with
         the network, and is no part of its state dict.
 
+    Raises
+    ------
+    ArgumentError
+        ``network`` is no network.
+
     Examples
     --------
     >>> import torch, batchnorm
@@ -176,6 +183,11 @@ def record(network: torch.nn.Module) -> Record:
     >>> [row.path for row in batchnorm.record(batchnorm.insert(net)) if row.action == "inserted"]
     ['0']
     """
+    check_model(network, "record")
+    return _of(network)
+
+
+def _of(network: torch.nn.Module) -> Record:
     found = getattr(network, _ATTRIBUTE, None)
     return found if isinstance(found, Record) else Record()
 
@@ -196,5 +208,5 @@ def write_record(network: torch.nn.Module, rows: Record) -> torch.nn.Module:
         ``network``.
     """
     # a new object: a copy of the network made earlier may still hold the old one
-    object.__setattr__(network, _ATTRIBUTE, Record([*record(network).rows, *rows.rows]))
+    object.__setattr__(network, _ATTRIBUTE, Record([*_of(network).rows, *rows.rows]))
     return network

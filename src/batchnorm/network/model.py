@@ -1,0 +1,113 @@
+"""Is what a tool was given a network that it can work on; if not, what to give instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm.errors import ArgumentError
+
+_PARAMETERS_ONLY = (nn.ParameterList, nn.ParameterDict)
+
+
+def check_model(model: Any, tool: str, *, at: str = "") -> None:
+    """Raise `ArgumentError` unless a tool can look into ``model``.
+
+    Parameters
+    ----------
+    model : object
+        What the tool was given.
+    tool : str
+        Its name, for the message.
+    at : str, optional
+        Where ``model`` stands, for the message.
+
+    Raises
+    ------
+    ArgumentError
+        It is no ``torch.nn.Module``, a class rather than an object, holds parameters and no layers, or is
+        scripted or traced, or has a scripted or traced part with batch norms.
+    """
+    if not isinstance(model, nn.Module):
+        what, mend = _stranger(model)
+        raise ArgumentError(
+            f"{tool}: expected a torch.nn.Module, and got {what}.",
+            why="a network is looked at through its modules.",
+            mend=mend,
+            at=at,
+        )
+    if isinstance(model, _PARAMETERS_ONLY):
+        raise ArgumentError(
+            f"{tool}: a {type(model).__name__} holds parameters and no layers.",
+            why="there is nothing to do, and you expected that there is.",
+            mend="give the module that uses these parameters.",
+            at=at,
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and (path == "" or _has_batch_norms(module)):
+            raise ArgumentError(
+                f"{tool}: {'the network' if path == '' else 'a part of it'} is scripted or traced.",
+                why="its layers are compiled code, which can be run and not be changed or measured.",
+                mend=f"call {tool} on the module that it was made from, and script or trace after that.",
+                at=path or at,
+            )
+
+
+def _has_batch_norms(scripted: nn.Module) -> bool:
+    return any(
+        "BatchNorm" in str(getattr(module, "original_name", "")) and hasattr(module, "running_mean")
+        for module in scripted.modules()
+    )
+
+
+def _stranger(model: Any) -> tuple[str, str]:
+    """What was given in place of a module, and what to give."""
+    if isinstance(model, type):
+        return f"the class {model.__name__}", f"an object of it: {model.__name__}(...)."
+    if model is None:
+        return "None", "a network. A function that builds one must return it."
+    if isinstance(model, torch.export.ExportedProgram):
+        return "an exported program", "program.module(), the module in it."
+    if isinstance(model, torch.Tensor):
+        return "a Tensor", "the network first, then its input."
+    if isinstance(model, (list, tuple, set, dict)):
+        return (
+            f"a {type(model).__name__}",
+            "one call for each network; or torch.nn.Sequential, ModuleList or ModuleDict around the layers.",
+        )
+    if isinstance(model, str):
+        return f"the text {model[:40]!r}", "the network itself; torch.load or a factory gives one."
+    if callable(model):
+        return f"a {type(model).__name__}", "the module whose forward it calls, or what it returns."
+    return f"a {type(model).__name__}", "a network."
+
+
+def check_number(
+    tool: str, name: str, value: Any, wanted: str, good: Callable[[Any], bool], why: str = "", mend: str = ""
+) -> None:
+    """Raise `ArgumentError` unless an argument is a number in its range.
+
+    Parameters
+    ----------
+    tool, name : str
+        The function and its argument, for the message.
+    value : object
+        What was given; a bool is no number here.
+    wanted : str
+        What it must be, for the message, e.g. ``"positive"``.
+    good : callable
+        Whether a number is in range. NaN should not be.
+    why, mend : str, optional
+        For the message.
+
+    Raises
+    ------
+    ArgumentError
+        It is no number, or outside.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not good(value):
+        raise ArgumentError(f"{tool}: {name} must be {wanted}, and is {value!r}.", why=why, mend=mend)
