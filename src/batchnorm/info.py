@@ -7,7 +7,6 @@ import platform
 from importlib import metadata
 
 import torch
-from rich.table import Table
 
 from batchnorm.kernels import cpu, select
 
@@ -107,19 +106,12 @@ def threads() -> list[tuple[str, str]]:
     ]
 
 
-def table() -> Table:
-    """Draw all of it as one table.
+def sections() -> dict[str, list[tuple[str, str]]]:
+    """Tell all of it.
 
     Returns
     -------
-    rich.table.Table
-        To be printed.
+    dict
+        Title to lines of a name and what it is.
     """
-    drawn = Table("", "", title="batchnorm", show_header=False)
-    sections = {"versions": versions(), "engine": engines(), "C++ core": core(), "threads": threads()}
-    for title, lines in sections.items():
-        drawn.add_section()
-        drawn.add_row(f"[bold]{title}[/bold]", "")
-        for name, value in lines:
-            drawn.add_row(f"  {name}", value)
-    return drawn
+    return {"versions": versions(), "engine": engines(), "C++ core": core(), "threads": threads()}

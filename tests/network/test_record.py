@@ -50,3 +50,13 @@ def test_the_table_shows_paths_and_reasons_whatever_they_contain() -> None:
     assert told.reason("fc") == "an output layer"
     assert told.counts() == {"folded": 1, "left alone": 2}
     assert [row.path for row in told.left_alone] == ["fc", "head[0]"]
+
+
+def test_the_table_prints_in_any_encoding_and_keeps_its_width() -> None:
+    told = _told()
+    told.leave("größe.é", "Linear", "because of a very long reason, " * 12)
+    text = str(told)
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= 140
+    assert text.count("reason") == 13  # the heading too: nothing is cut off
+    assert str(Record()) == "nothing done"

@@ -6,6 +6,7 @@ from importlib import metadata
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from batchnorm.cli import network
 from batchnorm.errors import BatchNormError
@@ -23,9 +24,15 @@ LABORATORY = {
 
 def info() -> None:
     """Print versions, engines and threads."""
-    from batchnorm.info import table
+    from batchnorm.info import sections
 
-    Console().print(table())
+    drawn = Table("", "", title="batchnorm", show_header=False)
+    for title, lines in sections().items():
+        drawn.add_section()
+        drawn.add_row(f"[bold]{title}[/bold]", "")
+        for name, value in lines:
+            drawn.add_row(f"  {name}", value)
+    Console().print(drawn)
 
 
 def build() -> typer.Typer:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 _SOURCE = "module:factory, which is imported and called, or an exported program (.pt2)."
 _OUT = "A program where the name ends in .pt2, else a state dict."
@@ -58,6 +57,5 @@ def _change(tool: str, source: str, out: Path, weights: Path | None, shape: str)
         raise ArgumentError(f"--shape {shape!r} is no list of numbers.", mend="e.g. 1,3,224,224.") from None
     opened = open_network(source, weights=weights, shape=sizes)
     changed = getattr(batchnorm, tool)(opened.model, opened.example)
-    console = Console()
-    console.print(batchnorm.record(changed))
-    console.print(save_network(opened, changed, out))
+    typer.echo(batchnorm.record(changed))
+    typer.echo(save_network(opened, changed, out))

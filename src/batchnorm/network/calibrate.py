@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,6 +16,7 @@ from batchnorm.layout import channel_axis
 from batchnorm.modules import Layer
 from batchnorm.network.batches import FORWARD, batches_of, move_to, run_batch, single_device
 from batchnorm.network.model import check_model, check_number
+from batchnorm.network.progress import watched
 from batchnorm.network.record import Record, write_record
 from batchnorm.population import merge
 
@@ -137,8 +136,8 @@ def calibrate(
         device = single_device(model)
         batches = 0
         stream = batches_of(data, "calibrate")
-        with _batch_statistics_mode(model, meters), _progress(stream, progress) as stream:
-            for batch in stream:
+        with _batch_statistics_mode(model, meters):
+            for batch in watched(stream, "calibrate", progress):
                 if forward is not None:
                     forward(model, batch)
                 else:
@@ -377,14 +376,3 @@ def _batch_statistics_mode(model: nn.Module, meters: Mapping[nn.Module, _Meter])
             meter.holder._buffers["running_var"] = meter.var_buffer
         for module, mode in modes:
             module.training = mode
-
-
-@contextlib.contextmanager
-def _progress(data: Any, wanted: bool) -> Iterator[Iterable]:
-    console = Console(stderr=True)
-    if not (wanted and console.is_terminal):
-        yield data
-        return
-    total = len(data) if hasattr(data, "__len__") else None
-    with Progress(console=console, transient=True) as bar:
-        yield bar.track(data, total=total, description="calibrate")

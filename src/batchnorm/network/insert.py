@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, BatchNormError, DataError, TraceError, VerificationError
@@ -20,6 +18,7 @@ from batchnorm.network.hidden import Verdict, ends_residual_branch, judge
 from batchnorm.network.kinds import is_layer
 from batchnorm.network.model import check_model, check_number
 from batchnorm.network.normalized import Normalized
+from batchnorm.network.progress import watched
 from batchnorm.network.record import Record, write_record
 from batchnorm.network.verify import difference, precision_of
 from batchnorm.network.watching import modes, tensors_in
@@ -326,13 +325,9 @@ def _measure(
 
     handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
     device = single_device(model)
-    console = Console(stderr=True)
-    shown = track(
-        batches, "keeping the function", console=console, disable=not (progress and console.is_terminal)
-    )
     try:
         with modes(model, False), torch.no_grad():
-            for batch in shown:
+            for batch in watched(batches, "keeping the function", progress):
                 run_batch(model, batch if device is None else move_to(batch, device), _TOOL)
     finally:
         for handle in handles:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
+import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from batchnorm.network.model import check_model
 
 _ATTRIBUTE = "_batchnorm_record"
 LEFT_ALONE = "left alone"
+_WIDTH = 140
 
 
 @dataclass(frozen=True)
@@ -138,23 +138,32 @@ class Record:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __rich__(self) -> Table:
-        table = Table(
-            title=", ".join(f"{n} {action}" for action, n in self.counts().items()) or "nothing done"
-        )
-        several = len({row.tool for row in self.rows}) > 1
-        for name in (["tool"] if several else []) + ["path", "kind", "action", "detail", "reason"]:
-            table.add_column(name, overflow="fold")
-        for row in self.rows:
-            shown = [row.path or "(the model)", row.kind, row.action, row.detail, row.reason]
-            table.add_row(*([row.tool] if several else []), *shown)
-        return table
-
     def __str__(self) -> str:
-        # a fixed width: the text must not depend on the terminal it is made in
-        console = Console(file=io.StringIO(), width=140, color_system=None, markup=False, emoji=False)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        done = ", ".join(f"{n} {action}" for action, n in self.counts().items()) or "nothing done"
+        if not self.rows:
+            return done
+        several = len({row.tool for row in self.rows}) > 1
+        lines = [("tool", "path", "kind", "action", "detail", "reason")]
+        lines += [(r.tool, r.path or "(the model)", r.kind, r.action, r.detail, r.reason) for r in self.rows]
+        return f"{done}\n{_table([line if several else line[1:] for line in lines])}"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    """Lay lines out in columns; the first is the heading.
+
+    A fixed width and ASCII alone: the text does not depend on the terminal that it is printed on.
+    """
+    cells = [[text.encode("ascii", "backslashreplace").decode() for text in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > _WIDTH:
+        widths[widths.index(max(widths))] -= 1
+    drawn = []
+    for line in [cells[0], ["-" * width for width in widths], *cells[1:]]:
+        wrapped = [textwrap.wrap(text, width) or [""] for text, width in zip(line, widths, strict=True)]
+        for part in zip_longest(*wrapped, fillvalue=""):
+            padded = (text.ljust(width) for text, width in zip(part, widths, strict=True))
+            drawn.append("  ".join(padded).rstrip())
+    return "\n".join(drawn)
 
 
 def record(network: torch.nn.Module) -> Record:
