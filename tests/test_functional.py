@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import batchnorm
 from batchnorm import reference
 from batchnorm.functional import batch_norm
-from batchnorm.kernels.contract import ACTIVATIONS
+from batchnorm.kernels.activations import ACTIVATIONS
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}

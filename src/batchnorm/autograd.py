@@ -2,18 +2,19 @@
 
 There are three ways into the same formulas, and `normalize_batch` / `normalize_population` choose:
 
-- **eager**: an ``autograd.Function`` that calls the engine directly. Running statistics move inside the
-  engine's call.
+- **eager**: an ``autograd.Function`` that calls the engine directly: its fused pair, or its slots
+  (`batchnorm.steps`) where a mask or a pooling takes part. Running statistics move inside the fused call.
 - **compiled**: under ``torch.compile`` and ``torch.export`` the operators of `batchnorm.operators`, which
   write to nothing; the running statistics move by ordinary torch operations in the same graph.
 - **composite**: where something watches or transforms torch operations (``torch.func``, forward-mode
   derivatives, tensor subclasses, dispatch modes, meta tensors), plain torch operations, differentiated by
-  torch.
+  torch. Derivatives of derivatives go this way too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -21,13 +22,15 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.nn import functional as F
 
-from batchnorm import operators
+from batchnorm import operators, steps
 from batchnorm.kernels import aten
-from batchnorm.kernels.contract import LEAKY_SLOPE, PIECEWISE_LINEAR, Engine, Forward
+from batchnorm.kernels.activations import activate
+from batchnorm.kernels.contract import Engine, Moments, Norm
 from batchnorm.kernels.select import select
-from batchnorm.layout import values_per_channel, vector_shape
+from batchnorm.layout import values_per_channel
 from batchnorm.population import Tracking
 from batchnorm.recording import Sink, tell
+from batchnorm.steps import Between, Constants
 
 
 def observed(z: Tensor) -> bool:
@@ -42,46 +45,57 @@ def observed(z: Tensor) -> bool:
     )
 
 
-def _record(tracking: Tracking | Sink, count: int | Tensor, mean: Tensor, var: Tensor) -> None:
+def _record(tracking: Tracking | Sink | None, count: int | Tensor, mean: Tensor, var: Tensor) -> None:
     if isinstance(tracking, Tracking):
         tell(tracking, [(count, mean, var)])
-    else:
+    elif tracking is not None:
         tracking(count, mean, var)
 
 
-def _run(
-    z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    tracking: Tracking | Sink | None,
-) -> tuple[Engine, Forward]:
-    """Let the engine normalize, and move or tell the statistics."""
-    engine = select(z)
-    if tracking is None or isinstance(tracking, Tracking):
-        return engine, engine.forward(z, axis, gamma, beta, eps, residual, activation, tracking)
-    result = engine.forward(z, axis, gamma, beta, eps, residual, activation, None)
-    tracking(values_per_channel(z.shape, axis), result.mean, result.var)
-    return engine, result
-
-
-def _recorded(*tensors: Tensor | None) -> bool:
+def _recorded(z: Tensor, norm: Norm) -> bool:
     """Whether a gradient is asked for, so that a node goes into torch's graph."""
     if torch.is_grad_enabled():
-        for tensor in tensors:
+        for tensor in (z, norm.gamma, norm.beta, norm.residual):
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
 
 
-def _as(vector: Tensor, gradient: Tensor) -> Tensor:
-    return gradient if gradient.dtype is vector.dtype else gradient.to(vector.dtype)
+# Mean and 1 / sqrt(var + eps), what the backward needs besides, and what it divides by: None for z's own count.
+_Kept = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-class _Training(torch.autograd.Function):
+def _run(
+    engine: Engine,
+    z: Tensor,
+    norm: Norm,
+    tracking: Tracking | Sink | None,
+    mask: Tensor | None,
+    fallback: Constants | None,
+    between: Between | None,
+    save: bool,
+) -> tuple[Tensor, _Kept]:
+    """Let the engine normalize, and move or tell the statistics."""
+    if mask is None and between is None:
+        moved = tracking if type(tracking) is Tracking else None
+        y, mean, var, inv_std, saved = engine.forward(z, norm, moved)
+        if moved is not tracking:
+            _record(tracking, values_per_channel(z.shape, norm.axis), mean, var)
+        return y, (mean, inv_std, saved, None)
+    y, told, moments, saved, divisor = steps.forward(engine, z, norm, mask, fallback, between, save)
+    dtype = aten.vector_dtype(z)
+    _record(tracking, told.count, told.mean.to(dtype), told.var().to(dtype))
+    return y, (*moments, saved, divisor)
+
+
+def _constants(
+    engine: Engine, z: Tensor, norm: Norm, moments: Moments, mask: Tensor | None
+) -> tuple[Tensor, _Kept]:
+    y, saved = engine.normalize(z, norm, moments, mask=mask, save=True)
+    return y, (*moments, saved, aten.counted(inf, z))
+
+
+class _Node(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -89,188 +103,155 @@ class _Training(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         residual: Tensor | None,
-        axis: int,
-        eps: float,
-        activation: str | None,
-        tracking: Tracking | Sink | None,
+        norm: Norm,
+        moments: Moments | None,
+        mask: Tensor | None,
+        tracking: Tracking | Sink | None = None,
+        fallback: Constants | None = None,
+        between: Between | None = None,
     ) -> Tensor:
-        engine, result = _run(z, gamma, beta, residual, axis, eps, activation, tracking)
-        y, mean, _, inv_std, saved = result
-        smooth = residual is not None and activation is not None and activation not in PIECEWISE_LINEAR
-        ctx.save_for_backward(z, gamma, beta, mean, inv_std, saved, residual if smooth else None)
-        ctx.engine, ctx.axis, ctx.eps, ctx.activation = engine, axis, eps, activation
+        engine = select(z)
+        if moments is None:
+            y, kept = _run(engine, z, norm, tracking, mask, fallback, between, True)
+        else:
+            y, kept = _constants(engine, z, norm, moments, mask)
+        mean, inv_std, saved, ctx.count = kept
+        if residual is not None and norm.saves_residual:
+            saved = residual  # the very input, so that derivatives of derivatives reach it
+        ctx.save_for_backward(z, gamma, beta, mean, inv_std, saved, mask)
+        ctx.norm = norm.axis, norm.eps, norm.activation, residual is not None
+        ctx.engine, ctx.between, ctx.constant = engine, between, moments is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, gamma, beta, mean, inv_std, saved, residual = ctx.saved_tensors
-        need = ctx.needs_input_grad
+        z, gamma, beta, mean, inv_std, saved, mask = ctx.saved_tensors
+        need, engine = ctx.needs_input_grad, ctx.engine
+        axis, eps, activation, added = ctx.norm
+        norm, moments = Norm(axis, eps, gamma, beta, None, activation, added), Moments(mean, inv_std)
         if torch.is_grad_enabled() or observed(dy) or _functorch.is_legacy_batchedtensor(dy):
-            slope = None
-            if ctx.activation in PIECEWISE_LINEAR:
-                # constant almost everywhere, so the second derivative sees it as data
-                with torch.no_grad():
-                    slope = ctx.engine.backward(
-                        torch.ones_like(z),
-                        z,
-                        ctx.axis,
-                        mean,
-                        inv_std,
-                        gamma,
-                        beta,
-                        ctx.activation,
-                        saved,
-                        True,
-                        True,
-                    ).dresidual
-            grads = _closed_form(dy, z, gamma, beta, residual, ctx.axis, ctx.eps, ctx.activation, slope, None)
-            return *_match(grads, z, gamma, beta, need), None, None, None, None
-        dz, sum_dy, sum_dy_zhat, dresidual = ctx.engine.backward(
-            dy, z, ctx.axis, mean, inv_std, gamma, beta, ctx.activation, saved, True, need[3]
-        )
+            constant = ctx.constant or (ctx.count is not None and bool(ctx.count.isinf().all()))
+            found = _by_torch(engine, dy, z, norm, moments, saved, mask, ctx.between, constant, need)
+            return *found, *_NO_GRADIENT
+        if mask is None and ctx.between is None:
+            dz, sum_dy, sum_dy_zhat, dresidual = engine.backward(
+                dy, z, norm, moments, saved, not ctx.constant, need[3]
+            )
+        else:
+            dz, sum_dy, sum_dy_zhat, dresidual = steps.backward(
+                engine, dy, z, norm, moments, saved, ctx.count, mask, ctx.between, need[3]
+            )
         dgamma = _as(gamma, sum_dy_zhat) if need[1] else None
         dbeta = _as(beta, sum_dy) if need[2] else None
-        return dz if need[0] else None, dgamma, dbeta, dresidual, None, None, None, None
+        return dz if need[0] else None, dgamma, dbeta, dresidual, *_NO_GRADIENT
 
+
+_NO_GRADIENT = (None,) * 6
 
 # Function.apply without what it does for torch.func, which `observed` has sent elsewhere
-_node: Callable[..., Tensor] = super(torch.autograd.Function, _Training).apply
+_node: Callable[..., Tensor] = super(torch.autograd.Function, _Node).apply
 
 
-class _Inference(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        mean: Tensor,
-        inv_std: Tensor,
-        axis: int,
-        activation: str | None,
-    ) -> Tensor:
-        ctx.engine, ctx.axis, ctx.activation = select(z), axis, activation
-        ctx.save_for_backward(z, gamma, beta, mean, inv_std)
-        return ctx.engine.normalize(z, axis, mean, inv_std, gamma, beta, None, activation)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, gamma, beta, mean, inv_std = ctx.saved_tensors
-        need = (*ctx.needs_input_grad[:3], False)
-        if torch.is_grad_enabled() or observed(dy) or _functorch.is_legacy_batchedtensor(dy):
-            constants = (mean, inv_std)
-            grads = _closed_form(dy, z, gamma, beta, None, ctx.axis, 0.0, ctx.activation, None, constants)
-            return *_match(grads, z, gamma, beta, need)[:3], None, None, None, None
-        dz, sum_dy, sum_dy_zhat, _ = ctx.engine.backward(
-            dy, z, ctx.axis, mean, inv_std, gamma, beta, ctx.activation, None, False, False
-        )
-        dgamma = _as(gamma, sum_dy_zhat) if need[1] else None
-        dbeta = _as(beta, sum_dy) if need[2] else None
-        return dz if need[0] else None, dgamma, dbeta, None, None, None, None
+def _as(vector: Tensor, gradient: Tensor) -> Tensor:
+    return gradient if gradient.dtype is vector.dtype else gradient.to(vector.dtype)
 
 
-def _match(
-    grads: tuple[Tensor, ...], z: Tensor, gamma: Tensor | None, beta: Tensor | None, need: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    dz, dgamma, dbeta, du = grads
-    return (
-        dz.to(z.dtype) if need[0] else None,
-        dgamma.to(gamma.dtype) if need[1] and gamma is not None else None,
-        dbeta.to(beta.dtype) if need[2] and beta is not None else None,
-        du.to(z.dtype) if need[3] else None,
-    )
-
-
-def _closed_form(
+def _by_torch(
+    engine: Engine,
     dy: Tensor,
     z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    slope: Tensor | None,
-    constants: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward as differentiable torch operations, for derivatives of derivatives."""
-    others = [a for a in range(z.dim()) if a != axis]
-    shape = vector_shape(z.dim(), axis)
+    norm: Norm,
+    moments: Moments,
+    saved: Tensor | None,
+    mask: Tensor | None,
+    between: Between | None,
+    constant: bool,
+    need: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Give the gradients by differentiating the composite, so that they can be differentiated themselves."""
+    slope, create_graph = None, torch.is_grad_enabled()
+    residual = saved if norm.saves_residual else None
+    if norm.needs_saved and residual is None:
+        # the side of a kink is data; the residual itself has no further part
+        norm.check_saved(saved)
+        with torch.no_grad():
+            ones, zeros = torch.ones_like(z), torch.zeros_like(moments.mean)
+            _, slope = engine.backward_input(
+                ones, z, norm, moments, saved, (zeros, zeros), aten.counted(inf, z), True, mask=mask
+            )
+    if residual is None and need[3]:
+        residual = torch.zeros_like(z).requires_grad_()
+    with torch.enable_grad():
+        # aliases: a gradient is that of this use, though gamma may have been made of z
+        given = (z, norm.gamma, norm.beta, residual)
+        own, gamma, beta, added = inputs = [None if t is None else t.view_as(t) for t in given]
+        used = norm._replace(gamma=gamma, beta=beta, residual=added)
+        y = _composite(own, used, moments if constant else None, mask, between=between, slope=slope)  # type: ignore
+        wanted = [t for t, needed in zip(inputs, need, strict=False) if needed and t is not None]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in need[:4])
+
+
+def _composite(
+    z: Tensor,
+    norm: Norm,
+    moments: Moments | None = None,
+    mask: Tensor | None = None,
+    tracking: Tracking | Sink | None = None,
+    fallback: Constants | None = None,
+    between: Between | None = None,
+    slope: Tensor | None = None,
+) -> Tensor:
+    """The operator as torch operations. ``moments``: constants; ``slope``: in place of the activation."""
     wide = z.to(aten.compute_dtype(z))
-    if constants is None:
-        m, mean, m2 = aten.batch_mean_m2(wide, axis, None)
-        inv_std = (m2 / m + eps).rsqrt()
-    else:
-        mean, inv_std = (v.to(wide.dtype) for v in constants)
-    z_hat = (wide - mean.view(shape)) * inv_std.view(shape)
-    if activation is None:
-        du = dy.to(wide.dtype)
-    elif slope is not None:
-        du = dy.to(wide.dtype) * slope
-    else:
-        u = z_hat if gamma is None else z_hat * gamma.view(shape)
-        u = u if beta is None else u + beta.view(shape)
-        u = u if residual is None else u + residual
-        du = dy.to(wide.dtype) * derivative(u, activation)
-    dbeta, dgamma = du.sum(others), (du * z_hat).sum(others)
-    inner = du
-    if constants is None:
-        inner = du - (dbeta / m).view(shape) - z_hat * (dgamma / m).view(shape)
-    scale = inv_std if gamma is None else inv_std * gamma
-    return inner * scale.view(shape), dgamma, dbeta, du
-
-
-def derivative(u: Tensor, activation: str) -> Tensor:
-    """Derivative of an activation at ``u``, itself differentiable."""
-    match activation:
-        case "relu":
-            return (u > 0).to(u.dtype)
-        case "relu6":
-            return ((u > 0) & (u < 6)).to(u.dtype)
-        case "leaky_relu":
-            return torch.where(u > 0, 1.0, LEAKY_SLOPE).to(u.dtype)
-        case "silu":
-            s = torch.sigmoid(u)
-            return s * (1 + u * (1 - s))
-        case "hardswish":
-            return torch.where(u <= -3, 0.0, torch.where(u >= 3, 1.0, u / 3 + 0.5))
-        case "sigmoid":
-            s = torch.sigmoid(u)
-            return s * (1 - s)
-        case "tanh":
-            return 1 - torch.tanh(u).square()
-    density = torch.exp(-0.5 * u * u) * 0.3989422804014327  # 1 / sqrt(2 pi)
-    return 0.5 * (1 + torch.erf(u * 0.7071067811865476)) + u * density
+    if mask is not None:
+        # what is masked may be NaN, and NaN times zero is NaN
+        wide = torch.where(mask, wide, 0)
+        added = None if norm.residual is None else torch.where(mask, norm.residual, 0)
+        norm = norm._replace(residual=added)
+    if moments is None:
+        statistics = aten.batch_statistics(wide, norm.axis, mask)
+        if between is not None:
+            statistics = between.differentiable(statistics)
+        if (mask is not None or between is not None) and fallback is None:
+            statistics = statistics._replace(count=operators.check_count(statistics.count))
+        count, mean, var = statistics.count, statistics.mean, statistics.var()
+        if tracking is not None:
+            dtype = aten.vector_dtype(z)
+            whole = mask is None and between is None
+            told: int | Tensor = values_per_channel(z.shape, norm.axis) if whole else count
+            _record(tracking, told, mean.detach().to(dtype), var.detach().to(dtype))
+        _, mean, var = steps.choose(count, mean, var, fallback)
+        moments = Moments(mean, (var + norm.eps).rsqrt())
+    u, _ = aten.pre_activation(wide, norm, moments)
+    y = (activate(u, norm.activation) if slope is None else u * slope).to(z.dtype)
+    return y if mask is None else torch.where(mask, y, 0)
 
 
 def normalize_batch(
     z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
+    norm: Norm,
     tracking: Tracking | Sink | None,
+    mask: Tensor | None = None,
+    fallback: Constants | None = None,
+    between: Between | None = None,
 ) -> Tensor:
     """Normalize with the batch's own statistics, which ``tracking`` is moved by or told.
 
     Parameters
     ----------
     z : Tensor
-        Input, at least two values per channel.
-    gamma, beta : Tensor, shape (C,), or None
-        Scale and place.
-    residual : Tensor or None
-        Added before the activation, of the shape of ``z``.
-    axis : int
-        The channel axis, non-negative.
-    eps : float
-        Added to the variance.
-    activation : str or None
-        One of `batchnorm.kernels.contract.ACTIVATIONS`.
+        Input; at least two values per channel where there is neither mask nor pooling.
+    norm : Norm
+        What is done with it.
     tracking : Tracking, callable or None
         Running statistics to move; or what is called with (count, mean, variance).
+    mask : Tensor of bool or None
+        Values that count: broadcasts against ``z``, of size 1 along the channel axis. 0 comes out of the others.
+    fallback : (mean, var) or None
+        Constants that serve where a mask or a pooling leaves fewer than two values; None raises.
+    between : Between or None
+        What pools statistics over ranks.
 
     Returns
     -------
@@ -278,144 +259,58 @@ def normalize_batch(
         Of the shape, dtype and memory format of ``z``.
     """
     if torch.compiler.is_compiling():
-        y, count, mean, var = operators.training(z, gamma, beta, residual, axis, eps, activation)
-        if tracking is not None:
-            _record(tracking, count, mean, var)
+        operator = operators.training if between is None else between.operator
+        y, count, mean, var = operator(z, norm, mask, fallback)
+        _record(tracking, count, mean, var)
         return y
+    residual = norm.residual
     if observed(z) or (residual is not None and residual.is_neg()):
-        return _composite_batch(z, gamma, beta, residual, None, None, axis, eps, activation, tracking)
-    if _recorded(z, gamma, beta, residual):
-        return _node(z, gamma, beta, residual, axis, eps, activation, tracking)
-    return _run(z, gamma, beta, residual, axis, eps, activation, tracking)[1].y
-
-
-def normalize_masked(
-    z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor,
-    count: Tensor,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    tracking: Tracking | Sink | None,
-    fallback: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Normalize the values that ``mask`` keeps with their own statistics; 0 comes out of the others.
-
-    Parameters
-    ----------
-    z, gamma, beta, residual, axis, eps, activation, tracking
-        As for `normalize_batch`.
-    mask : Tensor of bool
-        Broadcasts against ``z``, of size 1 along the channel axis.
-    count : Tensor, shape ()
-        How many values of a channel it keeps.
-    fallback : (mean, var) or None
-        Statistics that serve, as constants, when fewer than two values are kept.
-
-    Returns
-    -------
-    Tensor
-        Of the shape, dtype and memory format of ``z``.
-    """
-    # the engines never see what is masked: it may be NaN, and NaN times zero is NaN
-    clean = torch.where(mask, z, 0)
-    added = None if residual is None else torch.where(mask, residual, 0)
-    y = _composite_batch(clean, gamma, beta, added, (mask, count), fallback, axis, eps, activation, tracking)
-    return torch.where(mask, y, 0)
-
-
-def _composite_batch(
-    z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    masked: tuple[Tensor, Tensor] | None,
-    fallback: tuple[Tensor, Tensor] | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    tracking: Tracking | Sink | None,
-) -> Tensor:
-    wide = z.to(aten.compute_dtype(z))
-    mask, count = (None, None) if masked is None else masked
-    m, mean, m2 = aten.batch_mean_m2(wide, axis, mask, count)
-    var = m2 / m.clamp(min=1)
-    if tracking is not None:
-        dtype = aten.vector_dtype(z)
-        told: int | Tensor = values_per_channel(z.shape, axis) if count is None else count
-        if torch.compiler.is_compiling() and count is not None:
-            told = operators.first_time(count)
-        _record(tracking, told, mean.detach().to(dtype), var.detach().to(dtype))
-    if fallback is not None:
-        enough = m > 1
-        mean = torch.where(enough, mean, fallback[0].to(mean.dtype))
-        var = torch.where(enough, var, fallback[1].to(var.dtype))
-    return _composite(wide, gamma, beta, residual, mean, (var + eps).rsqrt(), axis, activation).to(z.dtype)
-
-
-def _composite(
-    wide: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    inv_std: Tensor,
-    axis: int,
-    activation: str | None,
-) -> Tensor:
-    u, _ = aten.AtenEngine._pre_activation(wide, axis, mean, inv_std, gamma, beta, residual)
-    return aten.activate(u, activation)
+        return _composite(z, norm, None, mask, tracking, fallback, between)
+    if _recorded(z, norm):
+        return _node(z, norm.gamma, norm.beta, residual, norm, None, mask, tracking, fallback, between)
+    return _run(select(z), z, norm, tracking, mask, fallback, between, False)[0]
 
 
 def normalize_population(
-    z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    inplace: bool = False,
+    z: Tensor, norm: Norm, mean: Tensor, var: Tensor, mask: Tensor | None = None, inplace: bool = False
 ) -> Tensor:
     """Normalize with population statistics, which are constants.
 
     Parameters
     ----------
-    z, gamma, beta, residual, axis, eps, activation
+    z, norm, mask
         As for `normalize_batch`; one value per channel is enough.
     mean, var : Tensor, shape (C,)
         Population statistics.
     inplace : bool, default False
-        Write into ``z``; only where no gradient is asked for.
+        Write into ``z``; only where no gradient is asked for, and without a mask.
 
     Returns
     -------
     Tensor
         Of the shape, dtype and memory format of ``z``.
     """
+    axis, eps, gamma, beta, residual, activation, _ = norm
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         # torch's own operator: compilers fuse it, and exporters know its name
-        swapped = z if axis == 1 else z.movedim(axis, 1)
+        clean = z
+        if mask is not None:
+            clean = torch.where(mask, z, 0)
+            residual = None if residual is None else torch.where(mask, residual, 0)
+        swapped = clean if axis == 1 else clean.movedim(axis, 1)
         y = F.batch_norm(swapped, mean, var, gamma, beta, False, 0.0, eps)
         y = y if axis == 1 else y.movedim(1, axis)
-        return aten.activate(y if residual is None else y + residual, activation)
+        y = activate(y if residual is None else y + residual, activation)
+        return y if mask is None else torch.where(mask, y, 0)
     if observed(z) or (residual is not None and residual.is_neg()):
-        wide = z.to(aten.compute_dtype(z))
-        inv_std = (var.to(wide.dtype) + eps).rsqrt()
-        return _composite(wide, gamma, beta, residual, mean, inv_std, axis, activation).to(z.dtype)
-    if not _recorded(z, gamma, beta, residual):
-        engine: Engine = select(z)
-        out = z if inplace else None
-        return engine.infer(z, axis, mean, var, eps, gamma, beta, residual, activation, out)
+        wide = aten.compute_dtype(z)
+        return _composite(z, norm, Moments(mean, (var.to(wide) + eps).rsqrt()), mask)
+    recorded = _recorded(z, norm)
+    if mask is None and not recorded:
+        return select(z).infer(z, norm, mean, var, z if inplace else None)
     dtype = aten.vector_dtype(z)
-    inv_std = aten.inverse_deviation(var, eps, dtype)
     # a copy of the mean: the live buffer may move before the backward comes
-    mean = mean.to(dtype, copy=True)
-    if residual is None:
-        return _Inference.apply(z, gamma, beta, mean, inv_std, axis, activation)
-    return aten.activate(_Inference.apply(z, gamma, beta, mean, inv_std, axis, None) + residual, activation)
+    moments = Moments(mean.to(dtype, copy=True), aten.inverse_deviation(var, eps, dtype))
+    if recorded:
+        return _node(z, gamma, beta, residual, norm, moments, mask)
+    return select(z).normalize(z, norm, moments, mask=mask)[0]

@@ -57,6 +57,10 @@ class ArgumentError(BatchNormError, ValueError):
     """An argument has a value outside its range, or two arguments contradict each other."""
 
 
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument is of a kind that it cannot be, where torch raises TypeError."""
+
+
 class TooFewValuesError(BatchNormError, ValueError):
     """Training with fewer than two values per channel."""
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from batchnorm import validation
-from batchnorm.autograd import normalize_batch, normalize_masked, normalize_population
+from batchnorm.autograd import normalize_batch, normalize_population
+from batchnorm.kernels.contract import Norm
 from batchnorm.kernels.select import select
 from batchnorm.layout import channel_axis, values_per_channel
-from batchnorm.operators import check_count
 from batchnorm.population import Tracking, count_empty
 from batchnorm.recording import Sink, Told, counting, tell
+from batchnorm.steps import Between
 
 __all__ = ["batch_norm"]
 
@@ -75,7 +76,7 @@ def batch_norm(
         Weight of the NEW batch: ``r = (1 - momentum) * r + momentum * batch``. Keras and ONNX give the
         weight of the old value.
     eps : float, default 1e-5
-        Added to the variance [z]**2; positive.
+        Added to the variance [z]**2; positive, or 0 in inference.
     activation : str, optional
         ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"hardswish"``, ``"sigmoid"``,
         ``"tanh"`` or ``"gelu"`` (exact), applied in the same pass over memory.
@@ -124,7 +125,7 @@ def batch_norm(
     NonFiniteError
         ``on_nonfinite="raise"`` and a batch with NaN or inf.
     ArgumentError
-        Any other argument out of its range.
+        Any other argument out of its range; training with ``momentum=None``, for a function counts no batches.
 
     References
     ----------
@@ -143,7 +144,10 @@ def batch_norm(
     >>> mean  # moved a tenth of the way to the batch's mean
     tensor([0.2000, 2.0000])
     """
+    if training and momentum is None:
+        raise validation.no_momentum()
     options = _options(
+        training,
         # inference has no use for momentum, and torch's callers pass what they like
         momentum if training else None,
         eps,
@@ -191,6 +195,7 @@ def _options(*arguments: Any) -> Options:
 
 
 def _checked(
+    training: bool,
     momentum: float | None,
     eps: float,
     activation: str | None,
@@ -201,7 +206,9 @@ def _checked(
     masked_output: str,
     running_var_correction: int,
 ) -> Options:
-    validation.check_arguments(momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size)
+    validation.check_arguments(
+        training, momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size
+    )
     validation.check_switches(masked_output, running_var_correction)
     return Options(eps, activation, channel_dim, on_single_value, on_nonfinite, virtual_batch_size)
 
@@ -245,26 +252,12 @@ def infer(
         and (z.requires_grad or validation.any_gradient(gamma, beta, residual))
     ):
         raise validation.inplace_with_gradient()
+    norm = Norm(axis, options.eps, gamma, beta, residual, options.activation)
     if mask is None:
-        return normalize_population(
-            z,
-            gamma,
-            beta,
-            residual,
-            running_mean,
-            running_var,
-            axis,
-            options.eps,
-            options.activation,
-            inplace,
-        )
+        return normalize_population(z, norm, running_mean, running_var, None, inplace)
     keep = validation.spread_mask(mask, z, axis)
-    clean = torch.where(keep, z, 0)
-    added = None if residual is None else torch.where(keep, residual, 0)
-    y = normalize_population(
-        clean, gamma, beta, added, running_mean, running_var, axis, options.eps, options.activation
-    )
-    y = torch.where(keep, y, 0 if masked_output == "zero" else z)
+    y = normalize_population(z, norm, running_mean, running_var, keep)
+    y = y if masked_output == "zero" else torch.where(keep, y, z)
     return z.copy_(y) if inplace else y
 
 
@@ -278,6 +271,7 @@ def train(
     tracking: Tracking | Sink | None,
     population: Tracking | None,
     options: Options,
+    between: Between | None = None,
 ) -> Tensor:
     """Normalize with the batch's own statistics; what `batch_norm` does in training, options given as one.
 
@@ -291,6 +285,8 @@ def train(
         Statistics that serve under ``on_single_value="running"``.
     options : Options
         Checked options.
+    between : Between or None
+        What pools statistics over ranks.
 
     Returns
     -------
@@ -298,18 +294,19 @@ def train(
         Of the shape of ``z``.
     """
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
+    norm = Norm(axis, options.eps, gamma, beta, residual, options.activation)
     plain = tracking is None or type(tracking) is Tracking
     if (
         mask is None
+        and between is None
         and plain
         and options.virtual_batch_size is None
         and options.on_nonfinite != "raise"
         and not torch.compiler.is_compiling()
-        and select(z).takes(z, axis, gamma, beta, residual, population)
+        and select(z).takes(z, norm, population)
     ):
         # what is below, for the common case: a look at each argument costs what a small batch does
-        eps, activation = options.eps, options.activation
-        return normalize_batch(z, gamma, beta, residual, axis, eps, activation, counting(tracking))
+        return normalize_batch(z, norm, counting(tracking))
     vectors = (
         (gamma, beta)
         if population is None
@@ -320,88 +317,63 @@ def train(
     keep = None if mask is None else validation.spread_mask(mask, z, axis)
     virtual = options.virtual_batch_size
     if virtual is not None and z.shape[0] > virtual:
-        return _in_parts(
-            z, gamma, beta, residual, keep, masked_output, tracking, population, options, axis, virtual
-        )
+        return _in_parts(z, norm, keep, masked_output, tracking, population, options, between, virtual)
     if options.on_nonfinite == "raise" or not plain:
         tracking = _telling(tracking, options.on_nonfinite == "raise")
-    return _one_batch(z, gamma, beta, residual, keep, masked_output, tracking, population, options, axis)
+    return _one_batch(z, norm, keep, masked_output, tracking, population, options, between)
 
 
 def _one_batch(
     z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
+    norm: Norm,
     keep: Tensor | None,
     masked_output: str,
     tracking: Tracking | Sink | None,
     population: Tracking | None,
     options: Options,
-    axis: int,
+    between: Between | None,
 ) -> Tensor:
-    eps, activation = options.eps, options.activation
-    if keep is None:
-        m = values_per_channel(z.shape, axis)
+    if keep is None and between is None:
+        m = values_per_channel(z.shape, norm.axis)
         if m >= 2:
-            return normalize_batch(z, gamma, beta, residual, axis, eps, activation, tracking)
-        if m == 0:
-            # no value, no statistics: any will do, for there is nothing to normalize
-            if isinstance(tracking, Tracking):
-                count_empty(tracking)
-            return _constants(z, gamma, beta, residual, population, axis, options)
-        if options.on_single_value == "error":
-            raise validation.too_few_values(z, axis)
-        if population is None:
+            return normalize_batch(z, norm, tracking)
+        if m == 1 and options.on_single_value == "error":
+            raise validation.too_few_values(z, norm.axis)
+        if m == 1 and population is None:
             raise validation.missing_statistics()
-        return _constants(z, gamma, beta, residual, population, axis, options)
-    count = keep.sum()
+        if m == 0 and isinstance(tracking, Tracking):
+            count_empty(tracking)
+        if population is not None:
+            return normalize_population(z, norm, population.running_mean, population.running_var)
+        # no value, no statistics: any will do, for there is nothing to normalize
+        c = z.shape[norm.axis]
+        return normalize_population(z, norm, z.new_zeros(c), z.new_ones(c))
     fallback = None
     if options.on_single_value == "running":
         if population is None:
             raise validation.missing_statistics()
         # copies: the live buffers may move before the backward comes
         fallback = (population.running_mean.clone(), population.running_var.clone())
-    else:
-        count = check_count(count)
-    y = normalize_masked(z, gamma, beta, residual, keep, count, axis, eps, activation, tracking, fallback)
-    return y if masked_output == "zero" else torch.where(keep, y, z)
-
-
-def _constants(
-    z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    population: Tracking | None,
-    axis: int,
-    options: Options,
-) -> Tensor:
-    if population is not None:
-        mean, var = population.running_mean, population.running_var
-    else:
-        mean, var = z.new_zeros(z.shape[axis]), z.new_ones(z.shape[axis])
-    return normalize_population(z, gamma, beta, residual, mean, var, axis, options.eps, options.activation)
+    y = normalize_batch(z, norm, tracking, keep, fallback, between)
+    return y if keep is None or masked_output == "zero" else torch.where(keep, y, z)
 
 
 def _in_parts(
     z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
+    norm: Norm,
     keep: Tensor | None,
     masked_output: str,
     tracking: Tracking | Sink | None,
     population: Tracking | None,
     options: Options,
-    axis: int,
+    between: Between | None,
     virtual: int,
 ) -> Tensor:
     parts = -(-z.shape[0] // virtual)
     if options.on_single_value == "error" and keep is None:
         smallest = z[: z.shape[0] // parts]
-        if values_per_channel(smallest.shape, axis) == 1:
-            raise validation.too_few_values(smallest, axis)
+        if values_per_channel(smallest.shape, norm.axis) == 1:
+            raise validation.too_few_values(smallest, norm.axis)
     # told only when every part has passed, so that an error in a later one leaves no trace
     told: list[Told] = []
 
@@ -410,12 +382,13 @@ def _in_parts(
 
     refuse = options.on_nonfinite == "raise"
     sink = None if tracking is None and not refuse else remember
+    nothing = [None] * parts
     outputs = [
-        _one_batch(part, gamma, beta, added, kept, masked_output, sink, population, options, axis)
-        for part, added, kept in zip(
+        _one_batch(part, norm._replace(residual=r), kept, masked_output, sink, population, options, between)
+        for part, r, kept in zip(
             z.tensor_split(parts),
-            [None] * parts if residual is None else residual.tensor_split(parts),
-            [None] * parts if keep is None else keep.tensor_split(parts),
+            nothing if norm.residual is None else norm.residual.tensor_split(parts),
+            nothing if keep is None else keep.tensor_split(parts),
             strict=True,
         )
     ]

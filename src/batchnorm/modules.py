@@ -230,7 +230,7 @@ class Layer(nn.Module):
         # activation: of this call alone, where network.accelerate found it behind the layer
         if z.dim() not in self._dimensions:
             self._check_input_dim(z)
-        validation.check_eps(self.eps)
+        validation.check_eps(self.eps, self.training)
         if masked_output != "zero":
             validation.check_switches(masked_output, self.running_var_correction)
         options = Options(

@@ -2,6 +2,8 @@
 
 They write to nothing they are given, so a graph may run them again, reorder them or drop them. Statistics
 come out as values, and what moves running statistics is ordinary torch operations beside them.
+
+An operator has no optional output: what a call has no use for is an empty tensor (`_nothing`).
 """
 
 from __future__ import annotations
@@ -11,25 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.errors import NonFiniteError, TooFewValuesError
-from batchnorm.kernels.aten import vector_dtype
-from batchnorm.kernels.contract import PIECEWISE_LINEAR
+from batchnorm import steps
+from batchnorm.errors import NonFiniteError
+from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.aten import exact_dtype, vector_dtype
+from batchnorm.kernels.contract import Moments, Norm
 from batchnorm.kernels.select import select
 from batchnorm.layout import values_per_channel
+from batchnorm.steps import Constants
 
 _library = torch.library.Library("batchnorm", "DEF")
 _library.define(
-    "training(Tensor z, Tensor? gamma, Tensor? beta, Tensor? residual, int axis, float eps, str? activation)"
-    " -> (Tensor y, Tensor mean, Tensor var, Tensor inv_std, Tensor saved, Tensor count)"
+    "training(Tensor z, Tensor? gamma, Tensor? beta, Tensor? residual, Tensor? mask, Tensor? fallback_mean,"
+    " Tensor? fallback_var, int axis, float eps, str? activation)"
+    " -> (Tensor y, Tensor mean, Tensor var, Tensor center, Tensor inv_std, Tensor side, Tensor divisor,"
+    " Tensor count)"
 )
 _library.define(
-    "training_backward(Tensor dy, Tensor z, Tensor? gamma, Tensor? beta, Tensor? residual, Tensor mean,"
-    " Tensor inv_std, Tensor saved, int axis, str? activation, bool with_residual)"
+    "training_backward(Tensor dy, Tensor z, Tensor? gamma, Tensor? beta, Tensor? residual, Tensor? mask,"
+    " Tensor center, Tensor inv_std, Tensor side, Tensor divisor, int axis, float eps, str? activation,"
+    " bool with_residual)"
     " -> (Tensor dz, Tensor dgamma, Tensor dbeta, Tensor dresidual)"
 )
 _library.define("check_finite(Tensor count, Tensor mean, Tensor var) -> (Tensor, Tensor, Tensor)")
 _library.define("check_count(Tensor count) -> Tensor")
-_library.define("first_time(Tensor count) -> Tensor")
 
 
 def recomputing() -> bool:
@@ -41,8 +48,8 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _bits(residual: Tensor | None, activation: str | None) -> bool:
-    return residual is not None and activation in PIECEWISE_LINEAR
+def _nothing(z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return z.new_empty(0, dtype=dtype)
 
 
 def _training(
@@ -50,19 +57,34 @@ def _training(
     gamma: Tensor | None,
     beta: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
+    fallback_mean: Tensor | None,
+    fallback_var: Tensor | None,
     axis: int,
     eps: float,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, mean, var, inv_std, _ = select(z).forward(z, axis, gamma, beta, eps, residual, activation, None)
-    # an engine may lay its vectors out in one piece, which torch forbids an operator's outputs
-    var, inv_std = var.clone(), inv_std.clone()
-    # asked when the graph runs: a graph that is re-run by a checkpoint tells of no value
-    count = torch.full((), 0 if recomputing() else values_per_channel(z.shape, axis), device=z.device)
-    if not _bits(residual, activation):
-        return y, mean, var, inv_std, z.new_empty(0, dtype=torch.bool), count
-    # engines keep bits in forms of their own; in a graph the form is one that every engine can make
-    return y, mean, var, inv_std, (y > 0) & (y < 6) if activation == "relu6" else y > 0, count
+) -> tuple[Tensor, ...]:
+    norm, engine = Norm(axis, eps, gamma, beta, residual, activation), select(z)
+    if mask is None:
+        y, mean, var, inv_std, _ = engine.forward(z, norm, None)
+        # an engine may lay its vectors out in one piece, which torch forbids an operator's outputs
+        var, inv_std = var.clone(), inv_std.clone()
+        center, divisor = _nothing(z), _nothing(z)
+        count = torch.full((), values_per_channel(z.shape, axis), device=z.device)
+    else:
+        fallback = None if fallback_mean is None or fallback_var is None else (fallback_mean, fallback_var)
+        y, told, (center, inv_std), _, divisor = steps.forward(engine, z, norm, mask, fallback, save=False)
+        dtype = vector_dtype(z)
+        mean, var, count = told.mean.to(dtype, copy=True), told.var().to(dtype), told.count.to(torch.long)
+        divisor = divisor.clone()
+    if recomputing():
+        # asked when the graph runs: a graph that is re-run by a checkpoint tells of no value
+        count = torch.zeros_like(count)
+    side = _nothing(z, torch.bool)
+    if norm.needs_saved and not norm.saves_residual:
+        # engines keep sides in forms of their own; in a graph the form is one that every engine can make
+        side = ACTIVATIONS[activation].side(y)  # type: ignore[index, misc]
+    return y, mean, var, center, inv_std, side, divisor, count
 
 
 def _training_fake(
@@ -70,17 +92,23 @@ def _training_fake(
     gamma: Tensor | None,
     beta: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
+    fallback_mean: Tensor | None,
+    fallback_var: Tensor | None,
     axis: int,
     eps: float,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mean, var, inv_std = (z.new_empty(z.shape[axis], dtype=vector_dtype(z)) for _ in range(3))
-    saved = (
-        torch.empty_like(z, dtype=torch.bool)
-        if _bits(residual, activation)
-        else z.new_empty(0, dtype=torch.bool)
-    )
-    return torch.empty_like(z), mean, var, inv_std, saved, z.new_empty((), dtype=torch.long)
+) -> tuple[Tensor, ...]:
+    def vector() -> Tensor:
+        return z.new_empty(z.shape[axis], dtype=vector_dtype(z))
+
+    norm = Norm(axis, eps, gamma, beta, residual, activation)
+    with_side = norm.needs_saved and not norm.saves_residual
+    side = torch.empty_like(z, dtype=torch.bool) if with_side else _nothing(z, torch.bool)
+    center = _nothing(z) if mask is None else vector()
+    divisor = _nothing(z) if mask is None else z.new_empty((), dtype=exact_dtype(z.device))
+    count = z.new_empty((), dtype=torch.long)
+    return torch.empty_like(z), vector(), vector(), center, vector(), side, divisor, count
 
 
 def _training_backward(
@@ -89,68 +117,64 @@ def _training_backward(
     gamma: Tensor | None,
     beta: Tensor | None,
     residual: Tensor | None,
-    mean: Tensor,
+    mask: Tensor | None,
+    center: Tensor,
     inv_std: Tensor,
-    saved: Tensor,
+    side: Tensor,
+    divisor: Tensor,
     axis: int,
+    eps: float,
     activation: str | None,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    extra: Tensor | None = residual
-    if saved.numel():
-        slope = 0.01 if activation == "leaky_relu" else 0.0
-        dy = torch.where(saved, dy, dy * slope)
-        activation, extra = None, None
-    dz, dbeta, dgamma, dresidual = select(z).backward(
-        dy, z, axis, mean, inv_std, gamma, beta, activation, extra, True, with_residual
-    )
+    if side.numel():
+        dy = torch.where(side, dy, dy * ACTIVATIONS[activation].slope)  # type: ignore[index]
+        activation = None
+    norm = Norm(axis, eps, gamma, beta, None, activation, residual is not None)
+    moments, engine = Moments(center, inv_std), select(z)
+    if mask is None:
+        dz, dbeta, dgamma, dresidual = engine.backward(dy, z, norm, moments, residual, True, with_residual)
+    else:
+        dz, dbeta, dgamma, dresidual = steps.backward(
+            engine, dy, z, norm, moments, residual, divisor, mask, None, with_residual
+        )
     if dresidual is None:
-        dresidual = z.new_empty(0)
+        dresidual = _nothing(z, z.dtype)
     elif dresidual is dy:
         dresidual = dy.clone()
     return dz, dgamma, dbeta.clone(), dresidual
 
 
-def _training_backward_fake(
-    dy: Tensor,
-    z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    inv_std: Tensor,
-    saved: Tensor,
-    axis: int,
-    activation: str | None,
-    with_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dresidual = torch.empty_like(z) if with_residual else z.new_empty(0)
-    return torch.empty_like(z), torch.empty_like(mean), torch.empty_like(mean), dresidual
+def _training_backward_fake(dy: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inv_std, with_residual = rest[5], rest[-1]
+    dresidual = torch.empty_like(z) if with_residual else _nothing(z, z.dtype)
+    return torch.empty_like(z), torch.empty_like(inv_std), torch.empty_like(inv_std), dresidual
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    z, gamma, beta, residual, axis, _, activation = inputs
-    _, mean, var, inv_std, saved, count = output
-    ctx.mark_non_differentiable(mean, var, inv_std, saved, count)
-    smooth = residual is not None and activation is not None and activation not in PIECEWISE_LINEAR
-    ctx.save_for_backward(z, gamma, beta, residual if smooth else None, mean, inv_std, saved)
-    ctx.axis, ctx.activation = axis, activation
+    z, gamma, beta, residual, mask, _, _, axis, eps, activation = inputs
+    _, mean, _, center, inv_std, side, divisor, _ = output
+    ctx.mark_non_differentiable(*output[1:])
+    norm = Norm(axis, eps, residual=residual, activation=activation)
+    kept = residual if norm.saves_residual else None
+    ctx.save_for_backward(
+        z, gamma, beta, kept, mask, mean if mask is None else center, inv_std, side, divisor
+    )
+    ctx.norm = axis, eps, activation
 
 
 def _autograd_backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    z, gamma, beta, residual, mean, inv_std, saved = ctx.saved_tensors
+    gamma, beta = ctx.saved_tensors[1:3]
     need = ctx.needs_input_grad
     dz, dgamma, dbeta, dresidual = torch.ops.batchnorm.training_backward(
-        dy, z, gamma, beta, residual, mean, inv_std, saved, ctx.axis, ctx.activation, need[3]
+        dy, *ctx.saved_tensors, *ctx.norm, need[3]
     )
     return (
         dz if need[0] else None,
         dgamma.to(gamma.dtype) if need[1] else None,
         dbeta.to(beta.dtype) if need[2] else None,
         dresidual if need[3] else None,
-        None,
-        None,
-        None,
+        *(None,) * 6,
     )
 
 
@@ -172,18 +196,8 @@ def _check_finite(count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Ten
 
 
 def _check_count(count: Tensor) -> Tensor:
-    least = int(count.min())
-    if least < 2:
-        raise TooFewValuesError(
-            f"batch_norm: training needs at least 2 values per channel, and the mask keeps {least}.",
-            why="a single value equals its own mean, so the output is the bias and no gradient reaches the input.",
-            mend='a batch with more unmasked positions; or eval mode; or on_single_value="running".',
-        )
+    steps.check_count(count)
     return count.clone()
-
-
-def _first_time(count: Tensor) -> Tensor:
-    return torch.zeros_like(count) if recomputing() else count.clone()
 
 
 for _name, _function in (
@@ -191,7 +205,6 @@ for _name, _function in (
     ("training_backward", _training_backward),
     ("check_finite", _check_finite),
     ("check_count", _check_count),
-    ("first_time", _first_time),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 torch.library.register_fake("batchnorm::training", _training_fake, lib=_library)
@@ -200,7 +213,6 @@ torch.library.register_fake(
     "batchnorm::check_finite", lambda *told: tuple(torch.empty_like(t) for t in told), lib=_library
 )
 torch.library.register_fake("batchnorm::check_count", torch.empty_like, lib=_library)
-torch.library.register_fake("batchnorm::first_time", torch.empty_like, lib=_library)
 torch.library.register_vmap(
     "batchnorm::check_count", lambda info, dims, count: (_check_count(count), dims[0]), lib=_library
 )
@@ -210,19 +222,13 @@ torch.library.register_autograd(
 
 
 def training(
-    z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
+    z: Tensor, norm: Norm, mask: Tensor | None = None, fallback: Constants | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalize with the batch's own statistics, as one operator in a graph.
 
     Parameters
     ----------
-    z, gamma, beta, residual, axis, eps, activation
+    z, norm, mask, fallback
         As for `batchnorm.autograd.normalize_batch`.
 
     Returns
@@ -234,7 +240,10 @@ def training(
     mean, var : Tensor, shape (C,)
         The batch's statistics, divisor m.
     """
-    y, mean, var, _, _, count = torch.ops.batchnorm.training(z, gamma, beta, residual, axis, eps, activation)
+    axis, eps, gamma, beta, residual, activation, _ = norm
+    y, mean, var, *_, count = torch.ops.batchnorm.training(
+        z, gamma, beta, residual, mask, *(fallback or (None, None)), axis, eps, activation
+    )
     return y, count, mean, var
 
 
@@ -279,19 +288,3 @@ def check_count(count: Tensor) -> Tensor:
         ``count``: use it, for in a graph only what comes out of the check waits for it.
     """
     return torch.ops.batchnorm.check_count(count)
-
-
-def first_time(count: Tensor) -> Tensor:
-    """Give a count as it is; or 0, where a checkpoint re-runs the graph that asks.
-
-    Parameters
-    ----------
-    count : Tensor, any shape
-        Values per channel.
-
-    Returns
-    -------
-    Tensor
-        What to move running statistics by.
-    """
-    return torch.ops.batchnorm.first_time(count)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from batchnorm.errors import (
     ArgumentError,
+    ArgumentTypeError,
     BatchNormError,
     DeviceError,
     DtypeError,
@@ -21,7 +22,7 @@ from batchnorm.errors import (
     ShapeError,
     TooFewValuesError,
 )
-from batchnorm.kernels.contract import ACTIVATIONS
+from batchnorm.kernels.activations import ACTIVATIONS
 
 SINGLE_VALUE_POLICIES = ("error", "running")
 NONFINITE_POLICIES = ("skip", "propagate", "raise")
@@ -29,6 +30,7 @@ MASKED_OUTPUTS = ("zero", "input")
 
 
 def check_arguments(
+    training: bool,
     momentum: float | None,
     eps: float,
     activation: str | None,
@@ -40,11 +42,11 @@ def check_arguments(
 
     Parameters
     ----------
-    momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size
+    training, momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size
         As for `batchnorm.functional.batch_norm`.
     """
     check_momentum(momentum)
-    check_eps(eps)
+    check_eps(eps, training)
     check_activation(activation)
     _one_of("on_single_value", on_single_value, SINGLE_VALUE_POLICIES)
     _one_of("on_nonfinite", on_nonfinite, NONFINITE_POLICIES)
@@ -89,20 +91,38 @@ def check_momentum(momentum: float | None) -> None:
         )
 
 
-def check_eps(eps: float) -> None:
-    """Raise `ArgumentError` unless ``eps`` is positive.
+def check_eps(eps: float, training: bool = True) -> None:
+    """Raise `ArgumentError` unless ``eps`` is positive; in inference it may be 0, as in torch.
 
     Parameters
     ----------
     eps : float
         Added to the variance.
+    training : bool, default True
+        Whether the variance is a batch's own.
     """
-    if not eps > 0:
+    if not (eps > 0 or (eps == 0 and not training)):
         raise ArgumentError(
-            f"batch_norm: eps must be positive, but got {eps}.",
+            f"batch_norm: eps must be positive{' during training' if training else ', or 0'}, but got {eps}.",
             why="a channel whose values are all equal has variance 0, and would be divided by 0.",
             mend="1e-5 is usual.",
         )
+
+
+def no_momentum() -> ArgumentTypeError:
+    """Make the error for a function that is asked for the plain average.
+
+    Returns
+    -------
+    ArgumentTypeError
+        To be raised.
+    """
+    return ArgumentTypeError(
+        "batch_norm: momentum must be a number in training, and is None.",
+        why="the plain average needs the number of batches seen, which a function does not keep: each batch would "
+        "overwrite the statistics.",
+        mend="batchnorm.BatchNorm1d/2d/3d(..., momentum=None) counts; or give 1 / (batches seen) yourself.",
+    )
 
 
 def check_activation(activation: str | None) -> None:

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchnorm import reference
+from batchnorm.errors import ArgumentError
 from batchnorm.kernels import aten, cpu
-from batchnorm.kernels.contract import ACTIVATIONS, PIECEWISE_LINEAR, Engine
+from batchnorm.kernels.activations import ACTIVATIONS, PIECEWISE_LINEAR
+from batchnorm.kernels.contract import Engine, Moments, Norm
 from batchnorm.population import Tracking, commit
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -47,6 +49,11 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     cpu._core.select_isa(before)
 
 
+def _backward_norm(norm: Norm) -> Norm:
+    """What a backward is given: whether there was a residual, and not the residual."""
+    return norm._replace(residual=None, added=norm.residual is not None)
+
+
 class Case(NamedTuple):
     z: Tensor
     dy: Tensor
@@ -56,6 +63,10 @@ class Case(NamedTuple):
     axis: int
     activation: str | None
     acc: torch.dtype
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(self.axis, EPS, self.gamma, self.beta, self.residual, self.activation)
 
 
 def _arrange(shape: tuple[int, ...], order: str, draw: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -141,9 +152,8 @@ EPS = 1e-3
 def test_forward_and_backward_agree_with_reference(engine: Engine, case: Case) -> None:
     _off_the_kinks(case, EPS)
     z, axis, acc, dtype = case.z, case.axis, case.acc, case.z.dtype
-    y, mean, var, inv_std, saved = engine.forward(
-        z, axis, case.gamma, case.beta, EPS, case.residual, case.activation, None
-    )
+    y, mean, var, inv_std, saved = engine.forward(z, case.norm, None)
+    moments, after = Moments(mean, inv_std), _backward_norm(case.norm)
     want, _, want_mean, want_var = reference.forward_training(
         _np(z), _np(case.gamma), _np(case.beta), EPS, channel_dim=axis, activation=case.activation,
         residual=_np(case.residual),
@@ -156,19 +166,7 @@ def test_forward_and_backward_agree_with_reference(engine: Engine, case: Case) -
     _close(var, want_var, acc, acc, 4)
     _close(y, want, dtype, acc, 4 * amplification)
 
-    grads = engine.backward(
-        case.dy,
-        z,
-        axis,
-        mean,
-        inv_std,
-        case.gamma,
-        case.beta,
-        case.activation,
-        saved,
-        True,
-        case.residual is not None,
-    )
+    grads = engine.backward(case.dy, z, after, moments, saved, True, case.residual is not None)
     dz, dgamma, dbeta, dresidual = reference.backward_training(
         _np(case.dy), _np(z), _np(case.gamma), _np(case.beta), EPS, channel_dim=axis, activation=case.activation,
         residual=_np(case.residual),
@@ -193,16 +191,14 @@ def test_inference_agrees_with_reference(engine: Engine, case: Case, in_place: b
     z, axis, acc = case.z, case.axis, case.acc
     c = z.shape[axis]
     mean, var = torch.linspace(-1, 1, c, dtype=acc), torch.linspace(0.5, 2, c, dtype=acc)
-    inv_std = (var + 1e-5).rsqrt()
+    moments = Moments(mean, (var + 1e-5).rsqrt())
     want = reference.forward_inference(
         _np(z), _np(mean), _np(var), _np(case.gamma), _np(case.beta), 1e-5, channel_dim=axis,
         activation=case.activation, residual=_np(case.residual),
     )  # fmt: skip
     target = z.clone() if in_place else None
     source = z if target is None else target
-    y = engine.normalize(
-        source, axis, mean, inv_std, case.gamma, case.beta, case.residual, case.activation, out=target
-    )
+    y, _ = engine.normalize(source, case.norm, moments, out=target)
     if in_place:
         assert y is target
     _close(y, want, z.dtype, acc, 8)
@@ -212,9 +208,7 @@ def test_inference_agrees_with_reference(engine: Engine, case: Case, in_place: b
         )
         if case.activation in (*PIECEWISE_LINEAR, "hardswish"):
             assume(min(np.abs(u - kink).min() for kink in (0.0, 6.0, 3.0, -3.0)) > 1e-5)
-        grads = engine.backward(
-            case.dy, z, axis, mean, inv_std, case.gamma, case.beta, case.activation, None, False, False
-        )
+        grads = engine.backward(case.dy, z, case.norm, moments, None, False, False)
         dz, dgamma, dbeta, _ = reference.backward_inference(
             _np(case.dy), _np(z), _np(mean), _np(var), _np(case.gamma), _np(case.beta), 1e-5, channel_dim=axis,
             activation=case.activation,
@@ -231,39 +225,23 @@ def test_the_parts_make_the_whole(engine: Engine, case: Case) -> None:
     """Statistics, normalization and the two halves of the backward give what the fused calls give."""
     _off_the_kinks(case, EPS)
     z, axis = case.z, case.axis
-    y, mean, var, inv_std, saved = engine.forward(
-        z, axis, case.gamma, case.beta, EPS, case.residual, case.activation, None
-    )
-    count, part_mean, part_m2 = engine.batch_statistics(z, axis, None)
+    y, mean, var, inv_std, saved = engine.forward(z, case.norm, None)
+    moments, after = Moments(mean, inv_std), _backward_norm(case.norm)
+    count, part_mean, part_m2 = engine.batch_statistics(z, axis)
     assert count.shape == ()
     assert int(count) == z.numel() // z.shape[axis]
     torch.testing.assert_close(part_mean, mean)
-    torch.testing.assert_close(part_m2 / count, var)
-    torch.testing.assert_close(
-        engine.normalize(z, axis, mean, inv_std, case.gamma, case.beta, case.residual, case.activation), y
-    )
-    fused = engine.backward(
-        case.dy,
-        z,
-        axis,
-        mean,
-        inv_std,
-        case.gamma,
-        case.beta,
-        case.activation,
-        saved,
-        True,
-        case.residual is not None,
-    )
-    sums = engine.backward_reduce(
-        case.dy, z, axis, mean, inv_std, case.gamma, case.beta, case.activation, saved
-    )
+    torch.testing.assert_close(part_m2 / count.to(part_m2.dtype), var)
+    part_y, part_saved = engine.normalize(z, case.norm, moments, save=True)
+    torch.testing.assert_close(part_y, y)
+    assert (part_saved is None) == (saved is None) == (not case.norm.needs_saved)
+    fused = engine.backward(case.dy, z, after, moments, saved, True, case.residual is not None)
+    sums = engine.backward_reduce(case.dy, z, after, moments, part_saved)
     torch.testing.assert_close(sums[0], fused.sum_dy)
     torch.testing.assert_close(sums[1], fused.sum_dy_zhat)
     dz, dresidual = engine.backward_input(
-        case.dy, z, axis, mean, inv_std, case.gamma, case.beta, case.activation, saved, *sums, count,
-        case.residual is not None,
-    )  # fmt: skip
+        case.dy, z, after, moments, part_saved, sums, count, case.residual is not None
+    )
     loose = (
         {"rtol": 1e-2, "atol": 1e-2}
         if z.dtype in (torch.bfloat16, torch.float16)
@@ -271,6 +249,133 @@ def test_the_parts_make_the_whole(engine: Engine, case: Case) -> None:
     )
     torch.testing.assert_close(dz, fused.dz, **loose)
     torch.testing.assert_close(dresidual, fused.dresidual)
+
+
+@settings(max_examples=30)
+@given(case=cases(rows=2))
+def test_a_backward_without_what_the_forward_saved_is_refused_where_it_is_needed(
+    engine: Engine, case: Case
+) -> None:
+    after, moments = (
+        _backward_norm(case.norm),
+        Moments(*(torch.ones(case.z.shape[case.axis], dtype=case.acc),) * 2),
+    )
+    one = torch.ones_like(moments.mean)
+    calls = (
+        lambda: engine.backward_reduce(case.dy, case.z, after, moments, None),
+        lambda: engine.backward_input(
+            case.dy, case.z, after, moments, None, (one, one), torch.tensor(2.0), False
+        ),
+        lambda: engine.backward(case.dy, case.z, after, moments, None, True, False),
+    )
+    for call in calls:
+        if case.norm.needs_saved:
+            with pytest.raises(ArgumentError, match="what the forward saved"):
+                call()
+        else:
+            call()
+
+
+@settings(max_examples=30)
+@given(case=cases(rows=2), offset=st.sampled_from([0.0, 1e4]))
+def test_statistics_and_sums_in_float64_are_not_rounded(engine: Engine, case: Case, offset: float) -> None:
+    """What pooling needs: at a mean of 1e4 deviations, float32 would be off by 4e-4 of one."""
+    z = (case.z.double() + offset).to(case.z.dtype)
+    count, mean, m2 = engine.batch_statistics(z, case.axis, dtype=torch.float64)
+    assert count.dtype == mean.dtype == m2.dtype == torch.float64
+    _, _, want_mean, want_var = reference.forward_training(_np(z), eps=EPS, channel_dim=case.axis)
+    m = z.numel() // z.shape[case.axis]
+    # sums about a center in the accumulator carry about sqrt(m) of its roundings, those in float64 m of theirs
+    bound = 4 * m**0.5 * ROUNDING[case.acc] * np.sqrt(want_var) + m * 2**-53 * np.abs(want_mean)
+    assert (np.abs(mean.numpy() - want_mean) <= bound).all()
+    np.testing.assert_allclose(
+        m2.numpy() / m, want_var, rtol=8 * m**0.5 * ROUNDING[case.acc], atol=(m * 2**-53 * offset) ** 2
+    )
+    sums = engine.backward_reduce(
+        case.dy, case.z, Norm(case.axis, EPS), Moments(mean, mean.abs() + 1), None, dtype=torch.float64
+    )
+    assert sums[0].dtype == sums[1].dtype == torch.float64
+
+
+@settings(max_examples=60)
+@given(
+    case=cases(rows=1),
+    fill=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_a_masked_value_never_matters_and_0_comes_out_of_it(
+    engine: Engine, case: Case, fill: float, seed: int, data: st.DataObject
+) -> None:
+    z, axis, norm = case.z, case.axis, case.norm
+    c = z.shape[axis]
+    spread = [1 if a == axis else n for a, n in enumerate(z.shape)]
+    kind = data.draw(st.sampled_from(["positions", "samples", "one", "lengths"]))
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "samples":
+        mask = torch.rand([spread[0]] + [1] * (z.dim() - 1), generator=generator) < fill
+    elif kind == "one":
+        mask = torch.zeros(spread, dtype=torch.bool)
+        if mask.numel():
+            mask.view(-1)[seed % mask.numel()] = True
+    elif kind == "lengths":
+        order = torch.arange(mask_size := int(np.prod(spread))).view(spread)
+        mask = order % max(1, mask_size // spread[0]) < fill * (mask_size // spread[0])
+    else:
+        mask = torch.rand(spread, generator=generator) < fill
+    keep = mask.expand(spread).expand(z.shape)
+    whole = mask.expand(spread)
+    m = int(whole.sum())
+
+    def rows(t: Tensor) -> Tensor:
+        """The kept values, channels last."""
+        return t.movedim(axis, -1)[whole.squeeze(axis)]
+
+    def poison(t: Tensor | None) -> Tensor | None:
+        bad = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30], dtype=torch.float64)
+        spoiled = bad[torch.arange(z.numel()) % 4].view(z.shape).to(z.dtype)
+        return None if t is None else torch.empty_like(t).copy_(torch.where(keep, t, spoiled))
+
+    z_, residual_, dy_ = map(poison, (z, case.residual, case.dy))
+    statistics = engine.batch_statistics(z_, axis, mask)
+    assert int(statistics.count) == m
+    if m == 0:
+        assert torch.equal(statistics.mean, torch.zeros(c, dtype=case.acc))
+        assert torch.equal(statistics.m2, torch.zeros(c, dtype=case.acc))
+    else:
+        kept = _np(rows(z))
+        scale = float(1 + np.abs(kept).max()) ** 2
+        _close(statistics.mean, kept.mean(0), case.acc, case.acc, 4 * scale)
+        _close(statistics.m2 / m, kept.var(0), case.acc, case.acc, 8 * scale)
+    # any moments will do: pooled ones are not this tensor's own
+    moments = Moments(
+        torch.linspace(-0.5, 0.5, c, dtype=case.acc), torch.linspace(0.5, 1.5, c, dtype=case.acc)
+    )
+    y, saved = engine.normalize(z_, norm._replace(residual=residual_), moments, mask=mask, save=True)
+    assert y.dtype == z.dtype
+    assert torch.equal(y[~keep], torch.zeros_like(y[~keep]))
+    plain, plain_saved = engine.normalize(z, norm, moments, save=True)
+    torch.testing.assert_close(y[keep], plain[keep])
+    after = _backward_norm(norm)
+    sums = engine.backward_reduce(dy_, z_, after, moments, saved, mask=mask)
+    # the same with plain tensors: a gradient of 0 adds nothing to a sum
+    clean = torch.where(keep, case.dy, 0)
+    want = engine.backward_reduce(clean, z, after, moments, plain_saved)
+    loose = {"rtol": 1e-4, "atol": 1e-3} if case.acc == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    for have, wanted in zip(sums, want, strict=True):
+        torch.testing.assert_close(have, wanted, **loose)
+    count = torch.tensor(float(m) if m > 1 else float("inf"), dtype=torch.float64)
+    added = case.residual is not None
+    dz, dresidual = engine.backward_input(dy_, z_, after, moments, saved, want, count, added, mask=mask)
+    want_dz, want_dresidual = engine.backward_input(clean, z, after, moments, plain_saved, want, count, added)
+    torch.testing.assert_close(dz[keep], want_dz[keep])
+    assert torch.equal(dz[~keep], torch.zeros_like(dz[~keep]))
+    if added:
+        assert dresidual is not None
+        torch.testing.assert_close(dresidual[keep], want_dresidual[keep])
+        assert torch.equal(dresidual[~keep], torch.zeros_like(dresidual[~keep]))
+    else:
+        assert dresidual is None
 
 
 def _tracking(c: int, acc: torch.dtype, momentum: float | None, correction: int, skip: bool) -> Tracking:
@@ -305,7 +410,7 @@ def test_running_statistics_move_as_population_says(
         )
     c = z.shape[axis]
     own, plain = (_tracking(c, case.acc, momentum, correction, skip) for _ in range(2))
-    _, mean, var, _, _ = engine.forward(z, axis, case.gamma, case.beta, EPS, None, case.activation, own)
+    _, mean, var, _, _ = engine.forward(z, case.norm._replace(residual=None), own)
     commit(plain, z.numel() // c, mean, var)
     for have, want in zip(own[:5], plain[:5], strict=True):
         torch.testing.assert_close(have, want, equal_nan=True)
@@ -316,11 +421,12 @@ def test_an_empty_batch_has_no_statistics_and_empty_gradients(engine: Engine, sh
     z = torch.zeros(shape)
     c = shape[1]
     one = torch.ones(c)
-    count, mean, m2 = engine.batch_statistics(z, 1, None)
+    count, mean, m2 = engine.batch_statistics(z, 1)
     assert int(count) == 0
     assert mean.shape == m2.shape == (c,)
-    assert engine.normalize(z, 1, one, one, one, one, None, "relu").shape == shape
-    grads = engine.backward(z, z, 1, one, one, one, one, "relu", None, False, False)
+    norm, moments = Norm(1, EPS, one, one, None, "relu"), Moments(one, one)
+    assert engine.normalize(z, norm, moments)[0].shape == shape
+    grads = engine.backward(z, z, norm, moments, None, False, False)
     assert grads.dz.shape == shape
     torch.testing.assert_close(grads.sum_dy, torch.zeros(c))
 
@@ -335,7 +441,7 @@ def test_a_large_mean_costs_no_more_than_rounding_of_the_mean(
         z = z.contiguous(memory_format=torch.channels_last)
     elif layout == "NC":
         z = z.transpose(0, 1).reshape(8, -1).t().contiguous()
-    y, _, var, _, _ = engine.forward(z, 1, None, None, 1e-5, None, None, None)
+    y, _, var, _, _ = engine.forward(z, Norm(1, 1e-5), None)
     want, _, _, want_var = reference.forward_training(_np(z), eps=1e-5)
     # float32 holds the mean to offset * 2^-24, and the output is off by that over the deviation of about 1
     assert np.abs(y.double().numpy() - want).max() <= abs(offset) * 2**-24 * 1.2 + 1e-5
@@ -349,7 +455,7 @@ def test_a_constant_input_gives_beta(engine: Engine, layout: str) -> None:
         layout
     ]
     beta = torch.linspace(-1, 1, 5)
-    y, mean, var, _, _ = engine.forward(z, 1, torch.ones(5), beta, 1e-5, None, None, None)
+    y, mean, var, _, _ = engine.forward(z, Norm(1, 1e-5, torch.ones(5), beta), None)
     assert torch.equal(mean, torch.full((5,), 1e8))
     assert torch.equal(var, torch.zeros(5))
     assert torch.equal(y.movedim(1, -1).reshape(-1, 5), beta.expand(y.numel() // 5, 5))
@@ -363,11 +469,11 @@ def test_extreme_magnitudes_stay_in_range(engine: Engine, size: float, channels_
     big = (z.double() * size).float()
     if channels_last:
         big = big.contiguous(memory_format=torch.channels_last)
-    y, _, _, inv_std, _ = engine.forward(big, 1, None, None, 0.0, None, None, None)
+    y, _, _, inv_std, _ = engine.forward(big, Norm(1, 0.0), None)
     np.testing.assert_allclose(y.double().numpy(), want, atol=2e-6, rtol=2e-6)
     dy = torch.randn(8, 6, 9, 9)
     mean = big.double().mean((0, 2, 3)).float()
-    dz = engine.backward(dy, big, 1, mean, inv_std, None, None, None, None, True, False).dz
+    dz = engine.backward(dy, big, Norm(1, 0.0), Moments(mean, inv_std), None, True, False).dz
     want_dz = reference.backward_training(_np(dy), _np(z), eps=0.0)[0]
     np.testing.assert_allclose(dz.double().numpy() * size, want_dz, atol=1e-5, rtol=1e-4)
 
@@ -377,10 +483,11 @@ def test_nan_and_infinity_pass_through(engine: Engine, activation: str | None) -
     z = torch.randn(3, 2, 20)
     z[1, 0, 3] = float("nan")
     z[2, 0, 5] = float("inf")
-    y = engine.normalize(z, 1, torch.zeros(2), torch.ones(2), None, None, None, activation)
+    norm = Norm(1, 1e-5, activation=activation)
+    y, _ = engine.normalize(z, norm, Moments(torch.zeros(2), torch.ones(2)))
     assert torch.equal(y.isnan(), z.isnan())
     assert bool(y[:, 1].isfinite().all())
-    y, mean, *_ = engine.forward(z, 1, None, None, 1e-5, None, activation, None)
+    y, mean, *_ = engine.forward(z, norm, None)
     assert not bool(mean[0].isfinite())
     assert bool(y[:, 0].isnan().any())
     assert bool(y[:, 1].isfinite().all())

@@ -16,7 +16,8 @@ import torch
 import batchnorm
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import aten, cpu
-from batchnorm.kernels.contract import ACTIVATIONS
+from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.contract import Moments, Norm
 from batchnorm.kernels.select import select
 from batchnorm.population import Tracking
 
@@ -59,10 +60,11 @@ def _everything(z: torch.Tensor, dy: torch.Tensor, residual: torch.Tensor | None
     c = z.shape[1]
     gamma, beta = torch.linspace(0.5, 1.5, c), torch.linspace(-1, 1, c)
     tracking = Tracking(torch.zeros(c), torch.ones(c), torch.tensor(0))
-    y, mean, var, inv_std, saved = cpu.engine.forward(z, 1, gamma, beta, 1e-5, residual, "relu", tracking)
-    grads = cpu.engine.backward(
-        dy, z, 1, mean, inv_std, gamma, beta, "relu", saved, True, residual is not None
-    )
+    norm = Norm(1, 1e-5, gamma, beta, residual, "relu")
+    y, mean, var, inv_std, saved = cpu.engine.forward(z, norm, tracking)
+    added = residual is not None
+    after = norm._replace(residual=None, added=added)
+    grads = cpu.engine.backward(dy, z, after, Moments(mean, inv_std), saved, True, added)
     found = [y, mean, var, inv_std, *grads, tracking.running_mean, tracking.running_var]
     return [t for t in found if t is not None]
 
@@ -94,9 +96,10 @@ def test_any_number_of_threads_and_any_caches_give_the_same_bits(
 
 def test_parts_of_the_core_give_the_bits_of_the_fused_call() -> None:
     z = torch.randn(9, 20, 30, 30)
-    y, mean, _, inv_std, _ = cpu.engine.forward(z, 1, None, None, 1e-5, None, "relu", None)
-    assert torch.equal(cpu.engine.batch_statistics(z, 1, None)[1], mean)
-    assert torch.equal(cpu.engine.normalize(z, 1, mean, inv_std, None, None, None, "relu"), y)
+    norm = Norm(1, 1e-5, activation="relu")
+    y, mean, _, inv_std, _ = cpu.engine.forward(z, norm, None)
+    assert torch.equal(cpu.engine.batch_statistics(z, 1).mean, mean)
+    assert torch.equal(cpu.engine.normalize(z, norm, Moments(mean, inv_std))[0], y)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -107,7 +110,7 @@ def test_offset_data_is_no_worse_than_torch_in_its_best_layout(channels_last: bo
     theirs = torch.nn.functional.batch_norm(z, None, None, training=True)
     if channels_last:
         z = z.contiguous(memory_format=torch.channels_last)
-    ours = cpu.engine.forward(z, 1, None, None, 1e-5, None, None, None).y
+    ours = cpu.engine.forward(z, Norm(1, 1e-5), None).y
     assert float((ours.double() - want).abs().max()) <= float((theirs.double() - want).abs().max())
 
 
@@ -127,12 +130,10 @@ def test_outputs_past_the_caches_are_those_of_torch_operations(
         for engine in (cpu.engine, aten.engine):
             wide = engine is aten.engine
             x, g, r = (t.double() if wide else t for t in place)
-            y, mean, _, inv_std, saved = engine.forward(
-                x, 1, gamma, beta, 1e-5, r if with_residual else None, activation, None
-            )
-            grads = engine.backward(
-                g, x, 1, mean, inv_std, gamma, beta, activation, saved, True, with_residual
-            )
+            norm = Norm(1, 1e-5, gamma, beta, r if with_residual else None, activation)
+            y, mean, _, inv_std, saved = engine.forward(x, norm, None)
+            after = norm._replace(residual=None, added=with_residual)
+            grads = engine.backward(g, x, after, Moments(mean, inv_std), saved, True, with_residual)
             results.append([y, *grads])
         others = [a for a in range(len(shape)) if a != 1]
         du = [dy if g[4] is None else g[4] for g in results]
@@ -160,22 +161,21 @@ def test_one_far_value_does_not_spoil_the_variance() -> None:
     z = torch.randn(8, 2, 64, 64)
     z[0, :, 0, 0] = 1e6  # the first value: what a shift by it would cancel against
     for layout in (torch.contiguous_format, torch.channels_last):
-        var = cpu.engine.forward(
-            z.contiguous(memory_format=layout), 1, None, None, 1e-5, None, None, None
-        ).var
+        var = cpu.engine.forward(z.contiguous(memory_format=layout), Norm(1, 1e-5), None).var
         want = z.double().var((0, 2, 3), correction=0)
         np.testing.assert_allclose(var.double().numpy(), want.numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_are_right_to_a_few_units_in_the_last_place(activation: str) -> None:
-    from batchnorm.kernels.aten import activate
+    from batchnorm.kernels.activations import activate
 
     u = torch.cat(
         [torch.linspace(-20, 20, 40001), torch.tensor([0.0, 1e-8, -1e-8, 87.5, -87.5, 200.0, -200.0])]
     )
     z = u.view(-1, 1)
-    y = cpu.engine.normalize(z, 1, torch.zeros(1), torch.ones(1), None, None, None, activation).flatten()
+    moments = Moments(torch.zeros(1), torch.ones(1))
+    y = cpu.engine.normalize(z, Norm(1, 1e-5, activation=activation), moments)[0].flatten()
     want = activate(u.double(), activation)
     spacing = torch.from_numpy(np.spacing(want.abs().clamp(min=1e-30).float().numpy())).double()
     error = (y.double() - want).abs()
@@ -196,13 +196,14 @@ def test_a_forked_child_computes_instead_of_waiting_for_threads_it_does_not_have
         """
 import os, warnings, torch
 from batchnorm.kernels import aten, cpu
+from batchnorm.kernels.contract import Norm
 warnings.simplefilter("ignore")
 torch.set_num_threads(2)
 z = torch.randn(32, 64, 32, 32)
-want = cpu.engine.forward(z, 1, None, None, 1e-5, None, "relu", None).y
+want = cpu.engine.forward(z, Norm(1, 1e-5, activation="relu"), None).y
 child = os.fork()
 if child == 0:
-    y = cpu.engine.forward(z, 1, None, None, 1e-5, None, "relu", None).y
+    y = cpu.engine.forward(z, Norm(1, 1e-5, activation="relu"), None).y
     # NumPy compares: torch itself would wait for its team
     os._exit(0 if (y.numpy() == want.numpy()).all() else 3)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -248,7 +249,7 @@ def test_a_lazily_negated_input_is_read_with_its_sign() -> None:
     torch.testing.assert_close(layer(lazy, lazy_residual), layer(z, residual))
     layer.eval()
     torch.testing.assert_close(layer(lazy, lazy_residual), layer(z, residual))
-    found = select(lazy).batch_statistics(lazy, 1, None)[1]
+    found = select(lazy).batch_statistics(lazy, 1).mean
     torch.testing.assert_close(found, z.mean((0, 2)))
 
 
@@ -268,7 +269,7 @@ def small_pool() -> Iterator[None]:
 
 def _output(megabytes: int) -> torch.Tensor:
     z = torch.randn(megabytes << 8, 1024)
-    return cpu.engine.normalize(z, 1, torch.zeros(1024), torch.ones(1024), None, None, None, None)
+    return cpu.engine.normalize(z, Norm(1, 1e-5), Moments(torch.zeros(1024), torch.ones(1024)))[0]
 
 
 def test_the_pool_uses_memory_again_and_keeps_no_more_than_its_limit(small_pool: None) -> None:
@@ -326,14 +327,14 @@ def test_more_than_two_to_the_31_elements() -> None:
     z[: len(z) // 2] = 1.0
     z[len(z) // 2 :] = 3.0
     for view, axis in ((z, 1), (z.view(1, 4, -1), 1)):
-        _, mean, m2 = cpu.engine.batch_statistics(view, axis, None)
+        _, mean, m2 = cpu.engine.batch_statistics(view, axis)
         if axis == 1 and view.dim() == 2:
             assert torch.equal(mean, torch.full((1024,), 2.0))
             torch.testing.assert_close(m2, torch.full((1024,), float(len(z))))
         else:
             torch.testing.assert_close(mean, torch.tensor([1.0, 1.0, 3.0, 3.0]), atol=1e-3, rtol=1e-3)
     mean, one = torch.full((1024,), 2.0), torch.ones(1024)
-    cpu.engine.normalize(z, 1, mean, one, None, None, None, "relu", out=z)
+    cpu.engine.normalize(z, Norm(1, 1e-5, activation="relu"), Moments(mean, one), out=z)
     assert float(z[0].float().sum()) == 0.0
     assert float(z[-1].float().sum()) == 1024.0
     assert float(z[len(z) // 2 - 1].float().sum()) == 0.0

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from batchnorm import reference
 from batchnorm.errors import ShapeError, TooFewValuesError
-from batchnorm.kernels.contract import ACTIVATIONS
+from batchnorm.kernels.activations import ACTIVATIONS
 
 rng = np.random.default_rng(0)
 

@@ -1,23 +1,29 @@
 """The engine of torch operations: every device, every floating dtype.
 
 It is the fallback where no kernel of ours is built, so it puts being right before speed: on CPU it computes
-in float64 and rounds once at the end, elsewhere in float32 (float64 for a float64 z).
+in float64 and rounds once at the end, elsewhere in float32 (float64 for a float64 z). The functions are
+differentiable, and also serve where torch's operations must be seen.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from batchnorm.kernels.contract import LEAKY_SLOPE, Backward, Forward
+from batchnorm.kernels.activations import ACTIVATIONS, activate
+from batchnorm.kernels.contract import Backward, Forward, Moments, Norm, Statistics
 from batchnorm.layout import values_per_channel, vector_shape
 from batchnorm.population import Tracking, commit
 
 
 def inverse_deviation(var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Give ``1 / sqrt(var + eps)``, the root taken in float64."""
-    return (var.double() + eps).rsqrt().to(dtype)
+    return (var.to(exact_dtype(var.device)) + eps).rsqrt().to(dtype)
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Dtype in which counts, and statistics on their way, lose nothing; float32 where there is no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def vector_dtype(z: Tensor) -> torch.dtype:
@@ -30,65 +36,52 @@ def compute_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.device.type in ("cpu", "meta") else vector_dtype(z)
 
 
-def activate(u: Tensor, activation: str | None) -> Tensor:
-    """Apply an activation of the contract by its name."""
-    match activation:
-        case None:
-            return u
-        case "relu":
-            return torch.relu(u)
-        case "relu6":
-            return F.relu6(u)
-        case "leaky_relu":
-            return F.leaky_relu(u, LEAKY_SLOPE)
-        case "silu":
-            return F.silu(u)
-        case "hardswish":
-            return F.hardswish(u)
-        case "sigmoid":
-            return torch.sigmoid(u)
-        case "tanh":
-            return torch.tanh(u)
-    return F.gelu(u)
-
-
-def _activate_backward(dy: Tensor, u: Tensor, activation: str | None) -> Tensor:
-    aten = torch.ops.aten
-    match activation:
-        case None:
-            return dy
-        case "relu":
-            return aten.threshold_backward(dy, u, 0)
-        case "relu6":
-            return aten.hardtanh_backward(dy, u, 0, 6)
-        case "leaky_relu":
-            return aten.leaky_relu_backward(dy, u, LEAKY_SLOPE, False)
-        case "silu":
-            return aten.silu_backward(dy, u)
-        case "hardswish":
-            return aten.hardswish_backward(dy, u)
-        case "sigmoid":
-            return aten.sigmoid_backward(dy, torch.sigmoid(u))
-        case "tanh":
-            return aten.tanh_backward(dy, torch.tanh(u))
-    return aten.gelu_backward(dy, u)
-
-
-def batch_mean_m2(
-    z: Tensor, axis: int, mask: Tensor | None, count: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and sum of squared deviations, two sweeps, in the dtype of z; differentiable."""
-    others = [a for a in range(z.dim()) if a != axis]
-    shape = vector_shape(z.dim(), axis)
+def batch_statistics(wide: Tensor, axis: int, mask: Tensor | None) -> Statistics:
+    """Count, mean and sum of squared deviations, two sweeps, in the dtype of ``wide``; differentiable."""
+    others = [a for a in range(wide.dim()) if a != axis]
+    shape = vector_shape(wide.dim(), axis)
     if mask is None:
-        count = torch.full((), values_per_channel(z.shape, axis), dtype=z.dtype, device=z.device)
-        mean = z.mean(others)
-        return count, mean, (z - mean.view(shape)).square().sum(others)
+        m = values_per_channel(wide.shape, axis)
+        mean = wide.mean(others) if m else wide.sum(others)
+        deviation = wide - mean.view(shape)
+        return Statistics(counted(m, wide), mean, deviation.square().sum(others))
     # the mask is the same for every channel, so one count serves all of them
-    every = [1 if a == axis else n for a, n in enumerate(z.shape)]
-    count = (mask.expand(every).sum() if count is None else count).to(z.dtype)
-    mean = torch.where(mask, z, 0).sum(others) / count.clamp(min=1)
-    return count, mean, torch.where(mask, z - mean.view(shape), 0).square().sum(others)
+    count = counted(mask.expand([1 if a == axis else n for a, n in enumerate(wide.shape)]).sum(), wide)
+    mean = torch.where(mask, wide, 0).sum(others) / count.clamp(min=1).to(wide.dtype)
+    deviation = torch.where(mask, wide - mean.view(shape), 0)
+    return Statistics(count, mean, deviation.square().sum(others))
+
+
+def counted(count: int | float | Tensor, z: Tensor) -> Tensor:
+    """Give a count as a tensor beside z, exact: in `exact_dtype`."""
+    dtype = exact_dtype(z.device)
+    if isinstance(count, Tensor):
+        return count.to(dtype)
+    return torch.full((), count, dtype=dtype, device=z.device)
+
+
+def pre_activation(z: Tensor, norm: Norm, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Give u and z_hat in the dtype of the arithmetic; differentiable."""
+    wide = z.to(compute_dtype(z))
+    shape = vector_shape(z.dim(), norm.axis)
+
+    def spread(vector: Tensor) -> Tensor:
+        return vector.to(wide.dtype).view(shape)
+
+    z_hat = (wide - spread(moments.mean)) * spread(moments.inv_std)
+    u = z_hat
+    if norm.gamma is not None:
+        u = u * spread(norm.gamma)
+    if norm.beta is not None:
+        u = u + spread(norm.beta)
+    if norm.residual is not None:
+        u = u + norm.residual
+    return u, z_hat
+
+
+def _hidden(mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    # what is masked may be NaN, and NaN times zero is NaN
+    return tensors if mask is None else tuple(None if t is None else torch.where(mask, t, 0) for t in tensors)
 
 
 def _as(z: Tensor, value: Tensor) -> Tensor:
@@ -102,192 +95,142 @@ class AtenEngine:
 
     name = "aten"
 
-    def takes(
-        self,
-        z: Tensor,
-        channel_dim: int,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        tracking: Tracking | None,
-    ) -> bool:
+    def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
         """Say nothing: no quick look is made here."""
         return False
 
     def batch_statistics(
-        self, z: Tensor, channel_dim: int, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        count, mean, m2 = batch_mean_m2(z.to(compute_dtype(z)), channel_dim, mask)
-        dtype = vector_dtype(z)
-        return count.to(dtype), mean.to(dtype), m2.to(dtype)
+        self, z: Tensor, axis: int, mask: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Statistics:
+        count, mean, m2 = batch_statistics(z.to(compute_dtype(z)), axis, mask)
+        dtype = dtype or vector_dtype(z)
+        return Statistics(count, mean.to(dtype), m2.to(dtype))
 
     def normalize(
         self,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
+        *,
+        mask: Tensor | None = None,
         out: Tensor | None = None,
-    ) -> Tensor:
-        u, _ = self._pre_activation(z, channel_dim, mean, inv_std, gamma, beta, residual)
-        y = activate(u, activation)
-        return _as(z, y) if out is None else out.copy_(y)
+        save: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        given = norm.residual
+        z_, residual = _hidden(mask, z, given)
+        u, _ = pre_activation(z_, norm._replace(residual=residual), moments)  # type: ignore[arg-type]
+        (y,) = _hidden(mask, activate(u, norm.activation))
+        saved = None
+        if save and norm.needs_saved:
+            saved = given if norm.saves_residual else ACTIVATIONS[norm.activation].side(u)  # type: ignore
+        return _as(z, y) if out is None else out.copy_(y), saved  # type: ignore[arg-type]
 
-    def infer(
-        self,
-        z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        activation: str | None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """`normalize` with population statistics."""
+    def infer(self, z: Tensor, norm: Norm, mean: Tensor, var: Tensor, out: Tensor | None = None) -> Tensor:
         dtype = vector_dtype(z)
-        inv_std = inverse_deviation(var, eps, dtype)
-        return self.normalize(z, channel_dim, mean.to(dtype), inv_std, gamma, beta, residual, activation, out)
+        moments = Moments(mean.to(dtype), inverse_deviation(var, norm.eps, dtype))
+        return self.normalize(z, norm, moments, out=out)[0]
 
     def backward_reduce(
         self,
         dy: Tensor,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
         saved: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        du, z_hat = self._derivative(dy, z, channel_dim, mean, inv_std, gamma, beta, activation, saved)
-        return self._sums(du, z_hat, channel_dim, vector_dtype(z))
+        du, z_hat = self._derivative(dy, z, norm, moments, saved, mask)
+        return self._sums(du, z_hat, norm.axis, dtype or vector_dtype(z))
 
     def backward_input(
         self,
         dy: Tensor,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
         saved: Tensor | None,
-        sum_dy: Tensor,
-        sum_dy_zhat: Tensor,
+        sums: tuple[Tensor, Tensor],
         count: Tensor,
         with_residual: bool,
+        *,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        du, z_hat = self._derivative(dy, z, channel_dim, mean, inv_std, gamma, beta, activation, saved)
-        shape = vector_shape(z.dim(), channel_dim)
-        scale = inv_std.to(du.dtype) if gamma is None else inv_std.to(du.dtype) * gamma
-        through = (sum_dy / count).to(du.dtype).view(shape) + z_hat * (sum_dy_zhat / count).to(du.dtype).view(
-            shape
-        )
-        dz = (du - through) * scale.view(shape)
-        return _as(z, dz), _as(z, du) if with_residual else None
+        du, z_hat = self._derivative(dy, z, norm, moments, saved, mask)
+        return self._gradients(z, du, z_hat, norm, moments, sums, count, with_residual, mask)
 
-    def forward(
-        self,
-        z: Tensor,
-        channel_dim: int,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        eps: float,
-        residual: Tensor | None,
-        activation: str | None,
-        tracking: Tracking | None,
-    ) -> Forward:
-        wide = z.to(compute_dtype(z))
-        m = values_per_channel(z.shape, channel_dim)
-        _, mean, m2 = batch_mean_m2(wide, channel_dim, None)
-        var = m2 / m
-        inv_std = (var + eps).rsqrt()
-        u, _ = self._pre_activation(wide, channel_dim, mean, inv_std, gamma, beta, residual)
-        y = _as(z, activate(u, activation))
+    def forward(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> Forward:
+        count, mean, m2 = batch_statistics(z.to(compute_dtype(z)), norm.axis, None)
+        var = m2 / count.to(m2.dtype)
+        inv_std = (var + norm.eps).rsqrt()
+        y, saved = self.normalize(z, norm, Moments(mean, inv_std), save=True)
         dtype = vector_dtype(z)
         mean, var, inv_std = mean.to(dtype), var.to(dtype), inv_std.to(dtype)
         if tracking is not None:
-            commit(tracking, m, mean, var)
-        return Forward(y, mean, var, inv_std, residual if activation else None)
+            commit(tracking, values_per_channel(z.shape, norm.axis), mean, var)
+        return Forward(y, mean, var, inv_std, saved)
 
     def backward(
         self,
         dy: Tensor,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
         saved: Tensor | None,
         training: bool,
         with_residual: bool,
     ) -> Backward:
-        du, z_hat = self._derivative(dy, z, channel_dim, mean, inv_std, gamma, beta, activation, saved)
-        sum_dy, sum_dy_zhat = self._sums(du, z_hat, channel_dim, du.dtype)
-        shape = vector_shape(z.dim(), channel_dim)
-        scale = inv_std.to(du.dtype) if gamma is None else inv_std.to(du.dtype) * gamma
-        inner = du
-        if training:
-            m = max(values_per_channel(z.shape, channel_dim), 1)
-            inner = du - (sum_dy / m).view(shape) - z_hat * (sum_dy_zhat / m).view(shape)
+        du, z_hat = self._derivative(dy, z, norm, moments, saved, None)
+        sums = self._sums(du, z_hat, norm.axis, du.dtype)
+        count = counted(values_per_channel(z.shape, norm.axis) if training else float("inf"), z)
+        dz, dresidual = self._gradients(z, du, z_hat, norm, moments, sums, count, with_residual, None)
         dtype = vector_dtype(z)
-        dz = _as(z, inner * scale.view(shape))
-        return Backward(
-            dz, sum_dy.to(dtype), sum_dy_zhat.to(dtype), du.to(z.dtype) if with_residual else None
-        )
+        return Backward(dz, sums[0].to(dtype), sums[1].to(dtype), dresidual)
 
     @staticmethod
-    def _pre_activation(
-        z: Tensor,
-        axis: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        shape = vector_shape(z.dim(), axis)
-        wide = z.to(compute_dtype(z))
-        z_hat = (wide - mean.to(wide.dtype).view(shape)) * inv_std.to(wide.dtype).view(shape)
-        u = z_hat
-        if gamma is not None:
-            u = u * gamma.to(wide.dtype).view(shape)
-        if beta is not None:
-            u = u + beta.to(wide.dtype).view(shape)
-        if residual is not None:
-            u = u + residual
-        return u, z_hat
-
     def _derivative(
-        self,
-        dy: Tensor,
-        z: Tensor,
-        axis: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
-        residual: Tensor | None,
+        dy: Tensor, z: Tensor, norm: Norm, moments: Moments, saved: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        u, z_hat = self._pre_activation(z, axis, mean, inv_std, gamma, beta, residual)
-        return _activate_backward(dy.to(u.dtype), u, activation), z_hat
+        norm.check_saved(saved)
+        residual = saved if norm.saves_residual else None
+        dy, z, residual = _hidden(mask, dy, z, residual)  # type: ignore[assignment]
+        u, z_hat = pre_activation(z, norm._replace(residual=residual), moments)
+        du = dy.to(u.dtype)
+        if norm.activation is None:
+            return du, z_hat
+        activation = ACTIVATIONS[norm.activation]
+        if norm.needs_saved and not norm.saves_residual:
+            return torch.where(saved, du, du * activation.slope), z_hat  # type: ignore[arg-type]
+        return activation.backward(du, u), z_hat
 
     @staticmethod
     def _sums(du: Tensor, z_hat: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         others = [a for a in range(du.dim()) if a != axis]
         return du.sum(others).to(dtype), (du * z_hat).sum(others).to(dtype)
+
+    @staticmethod
+    def _gradients(
+        z: Tensor,
+        du: Tensor,
+        z_hat: Tensor,
+        norm: Norm,
+        moments: Moments,
+        sums: tuple[Tensor, Tensor],
+        count: Tensor,
+        with_residual: bool,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = vector_shape(z.dim(), norm.axis)
+        # where the statistics are constants, a NaN in the sums must not spread through them
+        first, second = (
+            torch.where(count.isinf(), 0, total / count.clamp(min=1).to(total.dtype)).to(du.dtype).view(shape)
+            for total in sums
+        )
+        scale = moments.inv_std.to(du.dtype)
+        scale = scale if norm.gamma is None else scale * norm.gamma.to(du.dtype)
+        (dz,) = _hidden(mask, (du - first - z_hat * second) * scale.view(shape))
+        return _as(z, dz), _as(z, du) if with_residual else None  # type: ignore[arg-type]
 
 
 engine = AtenEngine()

@@ -12,26 +12,98 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from batchnorm.errors import ArgumentError
+from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.population import Tracking
 
-ACTIVATIONS = ("relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "gelu")
-"""Activations that join the normalizing pass; leaky_relu has slope 0.01, gelu is the exact (erf) one."""
 
-PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu")
-"""Those whose derivative is one bit an element."""
+class Norm(NamedTuple):
+    """What is done with a tensor; passed down as one object.
 
-LEAKY_SLOPE = 0.01
+    Parameters
+    ----------
+    axis : int
+        The channel axis, non-negative.
+    eps : float
+        Added to the variance.
+    gamma, beta : Tensor, shape (C,), or None
+        Scale and place; any floating dtype.
+    residual : Tensor or None
+        Added before the activation, of z's shape and dtype. None in what a backward is given.
+    activation : str or None
+        One of `batchnorm.kernels.activations.ACTIVATIONS`.
+    added : bool
+        In what a backward is given: whether the forward added a residual.
+    """
+
+    axis: int
+    eps: float
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    residual: Tensor | None = None
+    activation: str | None = None
+    added: bool = False
+
+    @property
+    def needs_saved(self) -> bool:
+        """Whether a backward needs ``saved``: u then cannot be computed from z and the moments alone."""
+        return self.activation is not None and (self.added or self.residual is not None)
+
+    @property
+    def saves_residual(self) -> bool:
+        """Whether what is saved is the residual itself; else the side of the kink of each element."""
+        return self.needs_saved and ACTIVATIONS[self.activation].side is None  # type: ignore[index]
+
+    def check_saved(self, saved: Tensor | None) -> None:
+        """Raise `ArgumentError` where a backward needs ``saved`` and has none.
+
+        Parameters
+        ----------
+        saved : Tensor or None
+            What the forward gave.
+        """
+        if saved is None and self.needs_saved:
+            raise ArgumentError(
+                f"backward: a residual was added before {self.activation}, and what the forward saved is missing.",
+                why="the derivative of the activation would be taken at another value, without a sign of it.",
+                mend="normalize(..., save=True) gives it; pass it on.",
+            )
+
+
+class Moments(NamedTuple):
+    """The mean and ``1 / sqrt(var + eps)`` that z is normalized with, shape (C,) each."""
+
+    mean: Tensor
+    inv_std: Tensor
+
+
+class Statistics(NamedTuple):
+    """Of each channel: how many values, their mean, and the sum of squared deviations from it.
+
+    ``count`` has shape (), or (C,) where channels have seen different numbers of values; it is exact.
+    ``mean`` and ``m2`` have shape (C,). Of no value, both are 0.
+    """
+
+    count: Tensor  # type: ignore[assignment]
+    mean: Tensor
+    m2: Tensor
+
+    def var(self) -> Tensor:
+        """Variance with divisor m; 0 of no value.
+
+        Returns
+        -------
+        Tensor, shape (C,)
+            In the dtype of ``m2``.
+        """
+        return self.m2 / self.count.clamp(min=1).to(self.m2.dtype)
 
 
 class Forward(NamedTuple):
-    """What a fused training forward gives.
-
-    ``saved`` is what the backward needs beyond z, mean and inv_std: None without a residual or without an
-    activation; else a bit an element for the piecewise linear activations, or the residual itself for the
-    others. Only the engine that made it reads it.
-    """
+    """What a fused training forward gives; ``var`` has divisor m, ``saved`` is as `Engine.normalize` gives it."""
 
     y: Tensor
     mean: Tensor
@@ -52,117 +124,92 @@ class Backward(NamedTuple):
 class Engine(Protocol):
     """What serves a tensor.
 
-    Vectors (mean, var, inv_std, gamma, beta, sums) have length C and are float32, float64 for a float64 z.
-    ``channel_dim`` is the channel axis, non-negative. Outputs have z's dtype and memory format. Variances
-    have divisor m. No operation but `forward` (through ``tracking``) writes to what it is given, unless
-    ``out`` says so.
+    Statistics and sums have length C and are float32, float64 for a float64 z or where ``dtype`` asks for it.
+    gamma, beta, means and variances may have any floating dtype. Outputs have z's dtype and memory format.
+    No operation but `forward` (through ``tracking``) writes to what it is given, unless ``out`` says so.
+
+    A ``mask`` is boolean, broadcasts against z and has size 1 along the channel axis. Where it is False a
+    value enters no sum, may be NaN, and 0 comes out of it.
     """
 
     name: str
 
-    def takes(
-        self,
-        z: Tensor,
-        channel_dim: int,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        tracking: Tracking | None,
-    ) -> bool:
+    def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
         """Whether a training forward has nothing to find fault with, and two values a channel.
 
         False says nothing: the arguments must then be looked at one by one.
         """
 
     def batch_statistics(
-        self, z: Tensor, channel_dim: int, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, mean, and sum of squared deviations of each channel; ``mask`` broadcasts against z."""
+        self, z: Tensor, axis: int, mask: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Statistics:
+        """Count, mean, and sum of squared deviations of each channel.
+
+        ``dtype=torch.float64`` gives them unrounded, as pooling wants them.
+        """
 
     def normalize(
         self,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
+        *,
+        mask: Tensor | None = None,
         out: Tensor | None = None,
-    ) -> Tensor:
-        """Give y; into ``out`` (which may be z) when it is given."""
+        save: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Give y, into ``out`` (which may be z) when it is given, and what the backward needs with it.
 
-    def infer(
-        self,
-        z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        activation: str | None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """`normalize` with population statistics, of any floating dtype."""
+        The second is None unless ``save`` and ``norm.needs_saved``: then the residual itself where
+        ``norm.saves_residual``, else the side of the kink of each element, in a form that only this engine
+        reads. The form tells by its shape and values alone how it is laid out, never by its strides.
+        """
+
+    def infer(self, z: Tensor, norm: Norm, mean: Tensor, var: Tensor, out: Tensor | None = None) -> Tensor:
+        """`normalize` with population statistics."""
 
     def backward_reduce(
         self,
         dy: Tensor,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
         saved: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Give sum_dy and sum_dy_zhat, over du."""
+        """Give sum_dy and sum_dy_zhat, over du.
+
+        Raises `ArgumentError` where ``norm.needs_saved`` and ``saved`` is None, as the other backwards do.
+        """
 
     def backward_input(
         self,
         dy: Tensor,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
         saved: Tensor | None,
-        sum_dy: Tensor,
-        sum_dy_zhat: Tensor,
+        sums: tuple[Tensor, Tensor],
         count: Tensor,
         with_residual: bool,
+        *,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Give dz and du; an infinite ``count`` makes the statistics constants."""
+        """Give dz and du; ``count`` is what the sums are divided by, and where it is infinite the statistics
+        are constants.
+        """
 
-    def forward(
-        self,
-        z: Tensor,
-        channel_dim: int,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        eps: float,
-        residual: Tensor | None,
-        activation: str | None,
-        tracking: Tracking | None,
-    ) -> Forward:
+    def forward(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> Forward:
         """Normalize with z's own statistics, and move the running statistics of ``tracking``."""
 
     def backward(
         self,
         dy: Tensor,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
         saved: Tensor | None,
         training: bool,
         with_residual: bool,

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import aten
-from batchnorm.kernels.contract import ACTIVATIONS, PIECEWISE_LINEAR, Backward, Engine, Forward
+from batchnorm.kernels.activations import CODES
+from batchnorm.kernels.contract import Backward, Engine, Forward, Moments, Norm, Statistics
 from batchnorm.population import Tracking, commit
 
 absence: str | None = None
@@ -38,8 +39,8 @@ except (AttributeError, RuntimeError, TypeError):
 MOST_AXES = 16
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
-_ACTIVATION_CODES = {None: 0} | {name: code for code, name in enumerate(ACTIVATIONS, 1)}
 _REDUCTION, _INPUT_GRADIENT, _BOTH = 1, 2, 3
+# what the core understands by a negative number: z's own count; that the spread is 1 / sqrt(var + eps) already
 _OWN_COUNT = -1.0
 _INVERSE = -1.0
 
@@ -81,243 +82,162 @@ class CpuEngine:
 
     name = "cpu"
 
-    def takes(
-        self,
-        z: Tensor,
-        channel_dim: int,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        tracking: Tracking | None,
-    ) -> bool:
+    def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
         """Whether a training forward has nothing to find fault with, and nothing to convert."""
         mean, var = (None, None) if tracking is None else tracking[:2]
-        return _core.takes(z, channel_dim, gamma, beta, residual, mean, var)
+        return _core.takes(z, norm.axis, norm.gamma, norm.beta, norm.residual, mean, var)
 
     def batch_statistics(
-        self, z: Tensor, channel_dim: int, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, mean, and sum of squared deviations of each channel."""
-        if mask is not None:
-            return aten.engine.batch_statistics(z, channel_dim, mask)
-        found = _core.statistics(z, channel_dim) or _core.statistics(_plain(z, channel_dim)[0], channel_dim)
-        count, mean, m2 = found
-        return torch.tensor(float(count), dtype=mean.dtype), mean, m2
+        self, z: Tensor, axis: int, mask: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Statistics:
+        if mask is not None or dtype is torch.float64:
+            return aten.engine.batch_statistics(z, axis, mask, dtype)
+        count, mean, m2 = _core.statistics(z, axis) or _core.statistics(_plain(z, axis)[0], axis)
+        return Statistics(aten.counted(count, z), mean, m2)
 
     def normalize(
         self,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
+        *,
+        mask: Tensor | None = None,
         out: Tensor | None = None,
+        save: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if mask is not None or (save and norm.needs_saved):
+            return aten.engine.normalize(z, norm, moments, mask=mask, out=out, save=save)
+        return self._normalize(z, norm, moments.mean, moments.inv_std, _INVERSE, out), None
+
+    def infer(self, z: Tensor, norm: Norm, mean: Tensor, var: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._normalize(z, norm, mean, var, norm.eps, out)
+
+    @staticmethod
+    def _normalize(
+        z: Tensor, norm: Norm, mean: Tensor, spread: Tensor, eps: float, out: Tensor | None
     ) -> Tensor:
-        """Give y; into ``out`` (which may be z) when it is given."""
-        code = _ACTIVATION_CODES[activation]
-        y = _core.normalize(z, channel_dim, mean, inv_std, _INVERSE, gamma, beta, residual, code, out)
+        axis, _, gamma, beta, residual, activation, _ = norm
+        code = CODES[activation]
+        y = _core.normalize(z, axis, mean, spread, eps, gamma, beta, residual, code, out)
         if y is not None:
             return y
-        plain, strides = _plain(z, channel_dim)
+        plain, strides = _plain(z, axis)
         acc = aten.vector_dtype(z)
         y = _core.normalize(
-            plain, channel_dim, _vector(mean, acc), _vector(inv_std, acc), _INVERSE, _vector(gamma, acc),
+            plain, axis, _vector(mean, acc), _vector(spread, acc), eps, _vector(gamma, acc),
             _vector(beta, acc), _beside(residual, plain, strides), code, None,
         )  # fmt: skip
         return y if out is None else out.copy_(y)
-
-    def infer(
-        self,
-        z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        activation: str | None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """`normalize` with population statistics."""
-        code = _ACTIVATION_CODES[activation]
-        y = _core.normalize(z, channel_dim, mean, var, eps, gamma, beta, residual, code, out)
-        if y is not None:
-            return y
-        inv_std = aten.inverse_deviation(var, eps, aten.vector_dtype(z))
-        return self.normalize(z, channel_dim, mean, inv_std, gamma, beta, residual, activation, out)
 
     def backward_reduce(
         self,
         dy: Tensor,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
         saved: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Give sum_dy and sum_dy_zhat."""
-        found = self._backward(
-            _REDUCTION,
-            dy,
-            z,
-            channel_dim,
-            mean,
-            inv_std,
-            gamma,
-            beta,
-            activation,
-            saved,
-            None,
-            None,
-            inf,
-            False,
-        )
+        if mask is not None or dtype is torch.float64 or (saved is not None and saved.dtype is torch.bool):
+            return aten.engine.backward_reduce(dy, z, norm, moments, saved, mask=mask, dtype=dtype)
+        found = self._backward(_REDUCTION, dy, z, norm, moments, saved, (None, None), inf, False)
         return found[1], found[2]
 
     def backward_input(
         self,
         dy: Tensor,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
         saved: Tensor | None,
-        sum_dy: Tensor,
-        sum_dy_zhat: Tensor,
+        sums: tuple[Tensor, Tensor],
         count: Tensor,
         with_residual: bool,
+        *,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Give dz and du; an infinite ``count`` makes the statistics constants."""
+        if mask is not None or (saved is not None and saved.dtype is torch.bool):
+            return aten.engine.backward_input(
+                dy, z, norm, moments, saved, sums, count, with_residual, mask=mask
+            )
+        values = 1.0
         if count.dim():
-            # a count for each channel goes into the sums
-            sum_dy, sum_dy_zhat, values = sum_dy / count, sum_dy_zhat / count, 1.0
+            sums = (sums[0] / count, sums[1] / count)  # a count for each channel goes into the sums
         else:
             values = float(count)
-        found = self._backward(
-            _INPUT_GRADIENT, dy, z, channel_dim, mean, inv_std, gamma, beta, activation, saved,
-            sum_dy, sum_dy_zhat, values, with_residual,
-        )  # fmt: skip
+        found = self._backward(_INPUT_GRADIENT, dy, z, norm, moments, saved, sums, values, with_residual)
         return found[0], found[3]
 
-    def forward(
-        self,
-        z: Tensor,
-        channel_dim: int,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        eps: float,
-        residual: Tensor | None,
-        activation: str | None,
-        tracking: Tracking | None,
-    ) -> Forward:
-        """Normalize with z's own statistics, and move the running statistics of ``tracking``."""
-        code = _ACTIVATION_CODES[activation]
-        found = _core.forward(z, channel_dim, gamma, beta, eps, residual, code, tracking)
+    def forward(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> Forward:
+        axis, eps, gamma, beta, residual, activation, _ = norm
+        code = CODES[activation]
+        found = _core.forward(z, axis, gamma, beta, eps, residual, code, tracking)
         if found is not None:
             return _make(Forward, found)
-        plain, strides = _plain(z, channel_dim)
+        plain, strides = _plain(z, axis)
         acc = aten.vector_dtype(z)
         residual = _beside(residual, plain, strides)
-        found = _core.forward(
-            plain, channel_dim, _vector(gamma, acc), _vector(beta, acc), eps, residual, code, None
-        )
+        found = _core.forward(plain, axis, _vector(gamma, acc), _vector(beta, acc), eps, residual, code, None)
         result = Forward(*found)
         if tracking is not None:
-            commit(tracking, z.numel() // z.shape[channel_dim], result.mean, result.var)
+            commit(tracking, z.numel() // z.shape[axis], result.mean, result.var)
         return result
 
     def backward(
         self,
         dy: Tensor,
         z: Tensor,
-        channel_dim: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
         saved: Tensor | None,
         training: bool,
         with_residual: bool,
     ) -> Backward:
-        """Give every gradient; ``training=False`` takes the statistics for constants."""
-        code = _ACTIVATION_CODES[activation]
+        if saved is not None and saved.dtype is torch.bool:
+            return aten.engine.backward(dy, z, norm, moments, saved, training, with_residual)
         count = _OWN_COUNT if training else inf
-        found = _core.backward(
-            _BOTH, dy, z, channel_dim, mean, inv_std, gamma, beta, code, saved, None, None, count, with_residual
-        ) or self._backward(
-            _BOTH, dy, z, channel_dim, mean, inv_std, gamma, beta, activation, saved,
-            None, None, count, with_residual,
-        )  # fmt: skip
-        return _make(Backward, found)
+        return _make(
+            Backward, self._backward(_BOTH, dy, z, norm, moments, saved, (None, None), count, with_residual)
+        )
 
     @staticmethod
     def _backward(
         parts: int,
         dy: Tensor,
         z: Tensor,
-        axis: int,
-        mean: Tensor,
-        inv_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        activation: str | None,
+        norm: Norm,
+        moments: Moments,
         saved: Tensor | None,
-        sum_dy: Tensor | None,
-        sum_dy_zhat: Tensor | None,
+        sums: tuple[Tensor | None, Tensor | None],
         count: float,
         with_residual: bool,
     ) -> tuple[Any, ...]:
-        code = _ACTIVATION_CODES[activation]
+        if saved is None:
+            norm.check_saved(saved)
+        axis, _, gamma, beta, _, activation, _ = norm
+        code, (mean, inv_std) = CODES[activation], moments
         found = _core.backward(
-            parts,
-            dy,
-            z,
-            axis,
-            mean,
-            inv_std,
-            gamma,
-            beta,
-            code,
-            saved,
-            sum_dy,
-            sum_dy_zhat,
-            count,
-            with_residual,
+            parts, dy, z, axis, mean, inv_std, gamma, beta, code, saved, *sums, count, with_residual
         )
         if found is not None:
             return found
         plain, strides = _plain(z, axis)
         acc = aten.vector_dtype(z)
-        dy = _beside(dy, plain, strides)  # type: ignore[assignment]
-        if activation not in PIECEWISE_LINEAR:
+        if norm.saves_residual:
             saved = _beside(saved, plain, strides)
-        mean, inv_std, gamma, beta, sum_dy, sum_dy_zhat = (  # type: ignore[assignment]
-            _vector(v, acc) for v in (mean, inv_std, gamma, beta, sum_dy, sum_dy_zhat)
-        )
+        vectors = (_vector(v, acc) for v in (mean, inv_std, gamma, beta))
+        sums_ = (_vector(v, acc) for v in sums)
         return _core.backward(
             parts,
-            dy,
+            _beside(dy, plain, strides),
             plain,
             axis,
-            mean,
-            inv_std,
-            gamma,
-            beta,
+            *vectors,
             code,
             saved,
-            sum_dy,
-            sum_dy_zhat,
+            *sums_,
             count,
             with_residual,
         )

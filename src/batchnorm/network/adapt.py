@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, ShapeError
-from batchnorm.kernels import aten
+from batchnorm.kernels.select import select
 from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.network.batches import FORWARD, move_to, run_batch, single_device
 from batchnorm.network.model import check_model, check_number
@@ -39,11 +39,8 @@ class _Blender:
         axis = channel_axis(z.dim(), getattr(layer, "channel_dim", 1))
         if z.shape[axis] != len(self.mean) or values_per_channel(z.shape, axis) == 0:
             return
-        wide = z.detach().to(aten.compute_dtype(z))
         keep = None if mask is None else spread_mask(mask, z, axis)
-        if keep is not None:
-            wide = torch.where(keep, wide, 0)
-        count, mean, m2 = aten.batch_mean_m2(wide, axis, keep)
+        count, mean, m2 = select(z).batch_statistics(z.detach(), axis, keep, self.mean.dtype)
         finite = torch.isfinite(mean) & torch.isfinite(m2) & (count > 0)
         merged = merge(*self.seen, count.expand(mean.shape), mean, m2)
         self.seen = tuple(torch.where(finite, new, old) for new, old in zip(merged, self.seen, strict=True))  # type: ignore[assignment]

@@ -228,48 +228,32 @@ class EngineAlone(TorchContender):
     """The engine without autograd and dispatch around it: what the kernels themselves cost."""
 
     def prepare(self) -> Any:
+        from batchnorm.kernels.contract import Moments, Norm
         from batchnorm.kernels.select import select
 
         self.engine = select(self.z)
-        self.activation = None if self.case.form == "plain" else "relu"
-        self.inv_std = (self.running_var + EPS).rsqrt()
-        self.saved: tuple[Any, ...] = ()
+        activation = None if self.case.form == "plain" else "relu"
+        self.norm = Norm(self.channel_dim, EPS, self.weight, self.bias, self.residual, activation)
+        self.moments = Moments(self.running_mean, (self.running_var + EPS).rsqrt())
+        self.saved: Any = None
         return None
 
     def forward(self) -> Any:
+        from batchnorm.kernels.contract import Moments
+
         with torch.no_grad():
             if not self.training:
-                return self.engine.normalize(
-                    self.z,
-                    self.channel_dim,
-                    self.running_mean,
-                    self.inv_std,
-                    self.weight,
-                    self.bias,
-                    self.residual,
-                    self.activation,
-                )
-            y, *saved = self.engine.forward(
-                self.z, self.channel_dim, self.weight, self.bias, EPS, self.residual, self.activation, None
-            )
-            self.saved = tuple(saved)
+                return self.engine.normalize(self.z, self.norm, self.moments)[0]
+            y, mean, _, inv_std, self.saved = self.engine.forward(self.z, self.norm, None)
+            self.moments = Moments(mean, inv_std)
             return y
 
     def backward(self, y: Any) -> Any:
-        mean, _, inv_std, saved = self.saved
+        added = self.residual is not None
+        norm = self.norm._replace(residual=None, added=added)
         with torch.no_grad():
             dz, dbeta, dgamma, dresidual = self.engine.backward(
-                self.dy,
-                self.z,
-                self.channel_dim,
-                mean,
-                inv_std,
-                self.weight,
-                self.bias,
-                self.activation,
-                saved,
-                True,
-                self.residual is not None,
+                self.dy, self.z, norm, self.moments, self.saved, True, added
             )
         return (dz, dgamma, dbeta) if dresidual is None else (dz, dgamma, dbeta, dresidual)
 
