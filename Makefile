@@ -35,6 +35,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/check_docstrings.py
+	$(BIN)/python tests/check_sizes.py
 
 bench: $(VENV)/.installed
 	$(BIN)/batchnorm bench

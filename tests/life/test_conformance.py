@@ -139,16 +139,25 @@ def test_operator_samples_give_torchs_outputs_gradients_and_buffers(info, dtype)
     assert (ran, refused) == (11, 1)
 
 
-@pytest.mark.parametrize("info", OPERATORS, ids=lambda info: info.variant_test_name or "default")
-def test_operator_error_inputs_are_errors_here_too(info):
-    # today's table has none for this operator; what torch adds will run here
-    if info.error_inputs_func is None:
-        assert info.error_inputs_func is None
-        return
-    for case in info.error_inputs("cpu"):
-        sample = case.sample_input
-        with pytest.raises(case.error_type):
-            batch_norm(sample.input, *sample.args, **sample.kwargs)
+WRONG = {
+    "one value a channel": ((1, 3), {"training": True}),
+    "no statistics in inference": ((4, 3), {"running_mean": None, "running_var": None}),
+    "statistics of another length": ((4, 3), {"running_mean": torch.zeros(2)}),
+    "a variance of another length": ((4, 3), {"running_var": torch.ones(2)}),
+    "a weight of another length": ((4, 3), {"weight": torch.ones(2)}),
+    "a bias of another length": ((4, 3), {"bias": torch.ones(2)}),
+    "an input of one axis": ((4,), {"training": True}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_an_error_to_torch_is_one_here_and_is_caught_by_the_same_code(case):
+    shape, changed = WRONG[case]
+    arguments = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), **changed}
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as theirs:
+        F.batch_norm(torch.randn(shape), **arguments)
+    with pytest.raises(theirs.type):
+        batch_norm(torch.randn(shape), **arguments)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -36,8 +36,8 @@ def test_a_ghost_batch_is_its_parts_one_after_the_other(n, size, with_mask):
     mask = torch.rand(n, 4) > 0.2 if with_mask else None
     pieces = -(-n // size)
     chunks = [None] * pieces if mask is None else mask.tensor_split(pieces)
-    if mask is not None and any(int(c.sum()) < 2 for c in chunks):
-        return
+    # fewer than two values a channel are an error of their own
+    assume(mask is None or all(int(c.sum()) >= 2 for c in chunks))
     y = whole(z, residual, mask)
     expected = [
         parts(a, b, c)

@@ -1,6 +1,7 @@
 """Intervals are Student's, hold the truth as often as they say, and lead to the right verdict."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from batchnorm_lab.studies.intervals import (
     mean_interval,
     paired_difference,
     ratio_interval,
-    student_quantile,
     verdict,
 )
 
@@ -31,14 +31,11 @@ from batchnorm_lab.studies.intervals import (
         (30, 2.042),
     ],
 )
-def test_quantiles_are_those_of_the_tables(freedom, table):
-    assert student_quantile(freedom) == pytest.approx(table, abs=5e-4)
-
-
-def test_quantiles_agree_with_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    for freedom in range(1, 40):
-        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+def test_the_half_width_is_the_quantile_of_printed_tables_times_the_standard_error(freedom, table):
+    numbers = [float(value) for value in range(freedom + 1)]
+    interval = mean_interval(numbers)
+    error = statistics.stdev(numbers) / (freedom + 1) ** 0.5
+    assert (interval.high - interval.low) / 2 / error == pytest.approx(table, abs=5e-4)
 
 
 def test_the_interval_holds_the_true_mean_in_95_of_100_experiments():

@@ -12,8 +12,8 @@ import pytest
 from image_files import write_mnist
 from rich.console import Console
 
-from batchnorm.errors import ArgumentError, BatchNormError, DataError
-from batchnorm_lab.studies import extra, registry, runner
+from batchnorm.errors import ArgumentError, DataError
+from batchnorm_lab.studies import registry, runner
 from batchnorm_lab.studies.__main__ import main
 
 pytest.importorskip("sklearn")
@@ -157,18 +157,3 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(DataError, match="can't be made"):
         run(out=tmp_path / "out")
-
-
-@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
-def test_a_missing_extra_is_named_before_any_training(tmp_path, monkeypatch, missing):
-    real = importlib.import_module
-
-    def without(name, *rest):
-        if name.partition(".")[0] == missing:
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(extra.importlib, "import_module", without)
-    with pytest.raises(BatchNormError, match="pip install batchnorm-lab"):
-        run(out=tmp_path / "out", html=tmp_path / "report.html")
-    assert not (tmp_path / "out").exists()

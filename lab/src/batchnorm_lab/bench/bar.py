@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import exp, log, nan
+from math import nan
 from typing import NamedTuple
 
 from rich.table import Table
+from scipy.stats import gmean
 
 from batchnorm_lab.bench.contenders import PEERS
 from batchnorm_lab.bench.results import Row, latest
@@ -55,22 +56,6 @@ class Slower(NamedTuple):
     label: str
     threads: int
     ratio: float
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Give the geometric mean.
-
-    Parameters
-    ----------
-    values : sequence of float
-        All above 0.
-
-    Returns
-    -------
-    float
-        NaN for no values.
-    """
-    return exp(sum(map(log, values)) / len(values)) if values else nan
 
 
 def by_case(found: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
@@ -129,7 +114,7 @@ def held_against(found: Iterable[Row], threads: int) -> list[Met]:
             if "floor" in medians:
                 floor.append(own / medians["floor"])
         if eager or best or floor:
-            means = map(geometric_mean, (eager, best, floor))
+            means = (float(gmean(ratios)) if ratios else nan for ratios in (eager, best, floor))
             met.append(Met(demand, threads, max(map(len, (eager, best, floor))), *means))
     return met
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -229,8 +229,7 @@ def _first_to_last(records: list[Record], activation: str, normalized: bool, dep
     chosen = select(records, activation=activation, normalized=normalized, depth=depth)
     norms = [record["result"]["gradient"] for record in chosen if "gradient" in record["result"]]
     ratios = [run[0] / run[-2] for run in norms if run[0] is not None and run[-2]]
-    middle = _median(ratios)
-    return float("nan") if middle is None else middle
+    return statistics.median_high(ratios) if ratios else float("nan")
 
 
 def plot(records: list[Record]) -> Figure:
@@ -244,10 +243,9 @@ def plot(records: list[Record]) -> Figure:
             line(axes[0][column], depths, list(zip(*runs, strict=True)), style, name)
             chosen = select(records, activation=activation, normalized=arm, depth=shown)
             norms = [r["result"]["gradient"] for r in chosen if "gradient" in r["result"]]
-            logs = [[norm if norm and norm > 0 else None for norm in run] for run in norms]
-            layers = range(1, len(logs[0]) + 1)
-            middle = [_median([run[k] for run in logs if run[k] is not None]) for k in range(len(logs[0]))]
-            line(axes[1][column], list(layers), [middle], style, name)
+            positive = [[norm for norm in layer if norm and norm > 0] for layer in zip(*norms, strict=True)]
+            middle = [statistics.median_high(layer) if layer else None for layer in positive]
+            line(axes[1][column], range(1, len(middle) + 1), [middle], style, name)
         axes[0][column].set(title=activation, xscale="log", xlabel="hidden layers (log scale)", ylim=(0, 101))
         axes[0][column].set_xticks(depths, [str(depth) for depth in depths])
         axes[0][column].minorticks_off()
@@ -256,11 +254,6 @@ def plot(records: list[Record]) -> Figure:
     axes[1][0].set_ylabel("gradient norm of the weights\nat the start (median of seeds)")
     legend_below(fig, axes[0][0])
     return fig
-
-
-def _median(numbers: Sequence[float | None]) -> float | None:
-    present = sorted(number for number in numbers if number is not None)
-    return present[len(present) // 2] if present else None
 
 
 STUDY = Study(

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchnorm_lab.studies.extra import require
 from batchnorm_lab.studies.intervals import mean_interval
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ BAR_STYLES: tuple[dict[str, Any], ...] = tuple(
     {"facecolor": fill, "hatch": hatch, "edgecolor": "#000000"}
     for fill, hatch in zip(_FILLS, _HATCHES, strict=True)
 )
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -66,8 +65,6 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 9.0, height: float
 
     Raises
     ------
-    BatchNormError
-        matplotlib is not installed.
 
     Examples
     --------
@@ -76,10 +73,11 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 9.0, height: float
     >>> axes.shape
     (1, 2)
     """
-    matplotlib = require("matplotlib")
-    module = require("matplotlib.figure")
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(SETTINGS):
-        made = module.Figure(figsize=(width, height), layout="constrained")
+        made = Figure(figsize=(width, height), layout="constrained")
         return made, made.subplots(rows, columns, squeeze=False, **axes)
 
 
@@ -191,7 +189,9 @@ def save(fig: Figure, stem: Path) -> tuple[Path, Path]:
     (path, path)
         Of the SVG and of the PNG.
     """
-    matplotlib = require("matplotlib")
+    import matplotlib
+    from PIL import Image
+
     stem.parent.mkdir(parents=True, exist_ok=True)
     svg, png = stem.with_suffix(".svg"), stem.with_suffix(".png")
     with matplotlib.rc_context(SETTINGS):
@@ -204,5 +204,5 @@ def save(fig: Figure, stem: Path) -> tuple[Path, Path]:
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=110)
     # 96 colours are plenty for lines and letters, and a third of the bytes.
-    require("PIL.Image").open(buffer).convert("RGB").quantize(96).save(png, optimize=True)
+    Image.open(buffer).convert("RGB").quantize(96).save(png, optimize=True)
     return svg, png

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchnorm_lab.studies.extra import require
-
 if TYPE_CHECKING:
     from batchnorm_lab.studies.contract import Answer
     from batchnorm_lab.studies.runner import Outcome
@@ -37,8 +35,6 @@ def write_html(outcomes: Sequence[Outcome], path: Path) -> Path:
 
     Raises
     ------
-    BatchNormError
-        Jinja2 or matplotlib is not installed.
     """
     return _render("report.html.j2", outcomes, path)
 
@@ -58,10 +54,6 @@ def write_markdown(outcomes: Sequence[Outcome], path: Path) -> Path:
     path
         The same.
 
-    Raises
-    ------
-    BatchNormError
-        Jinja2 is not installed.
     """
     return _render("report.md.j2", outcomes, path)
 
@@ -94,7 +86,8 @@ def remarks(answer: Answer) -> str:
 
 
 def _render(template: str, outcomes: Sequence[Outcome], path: Path) -> Path:
-    jinja2 = require("jinja2")
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=template.endswith(".html.j2"),
@@ -182,10 +175,11 @@ def _formula_image(formula: str) -> tuple[str, int]:
     """Return a formula of mathtext as a data address of a PNG, and the width to show it with."""
     import io
 
-    matplotlib = require("matplotlib")
-    module = require("matplotlib.figure")
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context({"mathtext.fontset": "cm"}):
-        fig = module.Figure()
+        fig = Figure()
         fig.text(0, 0, formula, fontsize=13)
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.05, transparent=True)

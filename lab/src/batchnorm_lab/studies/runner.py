@@ -23,7 +23,6 @@ from batchnorm.errors import ArgumentError, DataError
 from batchnorm_lab.data import ImageData, load
 from batchnorm_lab.studies import figures, page
 from batchnorm_lab.studies.contract import Answer, Record, Study
-from batchnorm_lab.studies.extra import require
 from batchnorm_lab.studies.records import RecordFile
 from batchnorm_lab.studies.registry import choose
 
@@ -105,8 +104,6 @@ def run_studies(
         An unknown study, quick and full at once, or a data set that can't be.
     DataError
         Files of data or of records that can't be read.
-    BatchNormError
-        A package of the package ``batchnorm-lab`` is missing.
 
     Examples
     --------
@@ -120,10 +117,6 @@ def run_studies(
             mend="give one of them, or none for the default.",
         )
     studies = choose(names)
-    # Said before an hour of training, not after it.
-    require("matplotlib")
-    if html is not None or markdown is not None:
-        require("jinja2")
     level = "quick" if quick else "full" if full else "default"
     images = load(data, data_dir)
     images = images.subset(test=TEST_IMAGES[level])
