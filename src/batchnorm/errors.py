@@ -83,3 +83,7 @@ class VerificationError(BatchNormError, RuntimeError):
 
 class DataError(BatchNormError, ValueError):
     """A data set, loader or file is empty or cannot be read."""
+
+
+class PoolingError(BatchNormError, RuntimeError):
+    """The ranks that pool their statistics do not do the same, or one of them does not answer."""
