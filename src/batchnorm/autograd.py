@@ -213,7 +213,7 @@ def _composite(
         statistics = aten.batch_statistics(wide, norm.axis, mask)
         if between is not None:
             statistics = between.differentiable(statistics)
-        if (mask is not None or between is not None) and fallback is None:
+        elif mask is not None and fallback is None:
             statistics = statistics._replace(count=operators.check_count(statistics.count))
         count, mean, var = statistics.count, statistics.mean, statistics.var()
         if tracking is not None:

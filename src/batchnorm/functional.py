@@ -318,8 +318,8 @@ def train(
     virtual = options.virtual_batch_size
     if virtual is not None and z.shape[0] > virtual:
         return _in_parts(z, norm, keep, masked_output, tracking, population, options, between, virtual)
-    if options.on_nonfinite == "raise" or not plain:
-        tracking = _telling(tracking, options.on_nonfinite == "raise")
+    if options.on_nonfinite == "raise" or not plain or between is not None:
+        tracking = _telling(tracking, options.on_nonfinite == "raise", between is not None)
     return _one_batch(z, norm, keep, masked_output, tracking, population, options, between)
 
 
@@ -396,8 +396,8 @@ def _in_parts(
     return torch.cat(outputs)
 
 
-def _telling(tracking: Tracking | Sink | None, refuse: bool) -> Sink:
+def _telling(tracking: Tracking | Sink | None, refuse: bool, pooled: bool) -> Sink:
     def sink(count: int | Tensor, mean: Tensor, var: Tensor) -> None:
-        tell(tracking, [(count, mean, var)], refuse)
+        tell(tracking, [(count, mean, var)], refuse, pooled)
 
     return sink

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from batchnorm import validation
 from batchnorm.accumulator import Accumulator
+from batchnorm.distributed.groups import names_of
 from batchnorm.domain import active_domain, check_name
 from batchnorm.errors import BatchNormError, MissingStatisticsError, ShapeError
 from batchnorm.functional import Options, infer, train
+from batchnorm.pooling import Pooling, pools
 from batchnorm.population import Tracking
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -25,6 +27,7 @@ _OPTIONS = frozenset(
         "momentum",
         "on_nonfinite",
         "on_single_value",
+        "process_group",
         "running_var_correction",
         "virtual_batch_size",
     }
@@ -114,6 +117,7 @@ class Layer(nn.Module):
         on_nonfinite: str = "skip",
         virtual_batch_size: int | None = None,
         running_var_correction: int = 1,
+        process_group: Any = None,
     ) -> None:
         if dtype in _HALF:
             dtype = torch.float32
@@ -126,6 +130,9 @@ class Layer(nn.Module):
         self.on_nonfinite = on_nonfinite
         self.virtual_batch_size = virtual_batch_size
         self.running_var_correction = running_var_correction
+        self.process_group = process_group
+        # its path in the model, for messages to other ranks and about them; `synchronize` knows it
+        self.pooled_as = ""
         self.frozen_statistics = False
         self.frozen_affine = False
         self.accumulator: Accumulator | None = None
@@ -252,7 +259,30 @@ class Layer(nn.Module):
         tracking: Any = population if self.training and self.track_running_stats else None
         if tracking is not None and self.accumulator is not None:
             tracking = self.accumulator.taking(tracking)
-        return train(z, self.weight, self.bias, residual, mask, masked_output, tracking, population, options)
+        between = None
+        if self.process_group is not None and self.training:
+            between = self._between(z, mask, name)
+        return train(
+            z, self.weight, self.bias, residual, mask, masked_output, tracking, population, options, between
+        )
+
+    def _between(self, z: Tensor, mask: Tensor | None, domain: str | None) -> Pooling | None:
+        # a graph asks when it runs, for it may outlive the process group that it was compiled beside
+        if not torch.compiler.is_compiling():
+            if not pools(self.process_group):
+                return None
+            if not self.pooled_as:
+                self.pooled_as = _path_from_stack(self) or type(self).__name__
+        return Pooling(
+            self.process_group,
+            self.pooled_as or type(self).__name__,
+            self.num_features,
+            str(z.dtype)[6:],
+            domain or "",
+            self.on_single_value,
+            self.on_nonfinite,
+            mask is not None,
+        )
 
     def _first_in_domain(self, name: str, *rest: Any) -> Tensor:
         self.add_domain(name)
@@ -378,6 +408,8 @@ class Layer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OPTIONS:
+            if name == "process_group" and value is not None:
+                value = names_of(value)
             validation.check_attribute(name, value)
         super().__setattr__(name, value)
 
@@ -397,6 +429,7 @@ class Layer(nn.Module):
             "on_nonfinite": "skip",
             "virtual_batch_size": None,
             "running_var_correction": 1,
+            "process_group": None,
         }
         shown = [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
         frozen = [k for k in ("statistics", "affine") if getattr(self, f"frozen_{k}")]
@@ -459,7 +492,8 @@ class Layer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("accumulator", None)
+        for name, value in (("accumulator", None), ("process_group", None), ("pooled_as", "")):
+            self.__dict__.setdefault(name, value)
 
 
 def _path_from_stack(layer: nn.Module) -> str:
@@ -520,6 +554,9 @@ _DOC = """Batch normalization over {what}, as ``torch.nn.{name}``, with an activ
         statistics take one step a part.
     running_var_correction : {{1, 0}}, default 1
         Divisor of ``running_var``: m - 1 (torch), or m (Keras, flax, ONNX).
+    process_group : str, ProcessGroup or DeviceMesh, optional
+        Ranks over which training statistics and their gradients are pooled; ``"world"`` is all of them. The
+        layer keeps the name. By default nothing is pooled. `batchnorm.synchronize` sets it in a whole model.
 
     Examples
     --------

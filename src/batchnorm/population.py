@@ -100,19 +100,21 @@ def commit(tracking: Tracking, count: int | Tensor, mean: Tensor, var: Tensor) -
             running.copy_(torch.where(moves, running * (1 - weight) + batch * weight, running))
 
 
-def count_empty(tracking: Tracking) -> None:
+def count_empty(tracking: Tracking, empty: int | Tensor = 1) -> None:
     """Count a batch without any value: it was tracked, as in torch, and has no weight in a plain average.
 
     Parameters
     ----------
     tracking : Tracking
         Whose counts move.
+    empty : int or Tensor, shape (), default 1
+        0 or False where the batch had values after all: nothing moves.
     """
     with _no_grad():
         if tracking.num_batches_tracked is not None:
-            tracking.num_batches_tracked.add_(1)
+            tracking.num_batches_tracked.add_(empty)
             if tracking.skipped_channels is not None:
-                tracking.skipped_channels.add_(1)
+                tracking.skipped_channels.add_(empty)
 
 
 def merge(

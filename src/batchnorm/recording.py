@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
 from batchnorm.operators import check_finite, recomputing
-from batchnorm.population import Tracking, commit
+from batchnorm.population import Tracking, commit, count_empty
 from batchnorm.transforms import examples, outside, transforming
 
 Told = tuple[int | Tensor, Tensor, Tensor]
@@ -20,7 +20,9 @@ Sink = Callable[[int | Tensor, Tensor, Tensor], None]
 """Takes what is told: what moves statistics if no engine does."""
 
 
-def tell(tracking: Tracking | Sink | None, told: list[Told], refuse: bool = False) -> None:
+def tell(
+    tracking: Tracking | Sink | None, told: list[Told], refuse: bool = False, pooled: bool = False
+) -> None:
     """Move running statistics by several batches, in order; or, on an error, by none of them.
 
     Parameters
@@ -31,15 +33,17 @@ def tell(tracking: Tracking | Sink | None, told: list[Told], refuse: bool = Fals
         The batches.
     refuse : bool, default False
         Raise `NonFiniteError` where a batch is not finite.
+    pooled : bool, default False
+        Whether a batch may turn out to have no value on any rank; it is then counted as an empty one.
     """
     if torch.compiler.is_compiling():
-        _hand_over(tracking, check_finite(told) if refuse else told)
+        _hand_over(tracking, check_finite(told) if refuse else told, pooled)
         return
     mode = _get_current_dispatch_mode()
     if mode is not None and type(mode).__module__ == "torch.utils.checkpoint":
         # a selective checkpoint counts operations, and the re-run will have none of these
         with _pop_mode_temporarily():
-            tell(tracking, told, refuse)
+            tell(tracking, told, refuse, pooled)
         return
     with outside() if told and transforming(told[0][1]) else nullcontext():
         every = list(examples(tracking, told))
@@ -47,13 +51,15 @@ def tell(tracking: Tracking | Sink | None, told: list[Told], refuse: bool = Fals
             for _, parts in every:
                 check_finite(parts)
         for buffers, parts in every:
-            _hand_over(buffers, parts)
+            _hand_over(buffers, parts, pooled)
 
 
-def _hand_over(tracking: Tracking | Sink | None, told: list[Told]) -> None:
+def _hand_over(tracking: Tracking | Sink | None, told: list[Told], pooled: bool) -> None:
     for part in told:
         if isinstance(tracking, Tracking):
             commit(tracking, *part)
+            if pooled:
+                count_empty(tracking, torch.as_tensor(part[0] == 0))
         elif tracking is not None:
             tracking(*part)
 

@@ -158,7 +158,7 @@ def forward(
     statistics = engine.batch_statistics(z, norm.axis, mask, exact)
     if between is not None:
         statistics = between.statistics(statistics)
-    if fallback is None:
+    elif fallback is None:
         check_count(statistics.count)
     count, mean, var = choose(statistics.count, statistics.mean, statistics.var(), fallback)
     dtype = aten.vector_dtype(z)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -90,6 +91,10 @@ def _rank(
 
     where, ranks, timeout, threads, store = settings
     torch.set_num_threads(threads)
+    # compilers in this process: a pool of them would outlive it
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    if "BATCHNORM_TEST_DUMP_S" in os.environ:
+        faulthandler.dump_traceback_later(float(os.environ["BATCHNORM_TEST_DUMP_S"]), exit=False)
     torch.manual_seed(0)
     begun = time.monotonic()
     result, error, trace = None, None, ""

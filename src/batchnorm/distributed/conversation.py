@@ -10,6 +10,7 @@ different ones, every rank raises the same error.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -22,7 +23,7 @@ from batchnorm.distributed.groups import global_rank
 from batchnorm.distributed.merge import add_up, merge_statistics
 from batchnorm.distributed.order import Order, Plan
 from batchnorm.distributed.rollcall import RollCall, watch
-from batchnorm.errors import PoolingError
+from batchnorm.errors import BatchNormError, PoolingError
 
 HEADER = 8
 """Words before the data: the call, the count, whether there was a mask; or pieces of the call's code."""
@@ -60,10 +61,9 @@ class Pooled(NamedTuple):
 
 
 class _Late(NamedTuple):
-    agreed: Tensor
+    passed: Tensor
     event: Any
-    call: Call
-    number: int
+    error: Callable[[], BatchNormError]
 
 
 class Conversation:
@@ -155,6 +155,36 @@ class Conversation:
         """
         return self._agree(call, (), values, False)[:, HEADER:]
 
+    def refuse(self, call: Call, why: str) -> None:
+        """Tell the others that this rank cannot go on, in the message that they wait for.
+
+        Parameters
+        ----------
+        call : Call
+            Stands for the refusal; no rank is in it otherwise.
+        why : str
+            What the others are told.
+        """
+        try:
+            self._agree(call._replace(path=f"{call.path}: {why}"), (), torch.zeros(0, dtype=torch.float64), False)
+        except PoolingError:
+            return  # the one that this rank is about to raise came first
+
+    def later(self, passed: Tensor, error: Callable[[], BatchNormError]) -> None:
+        """Raise an error unless a flag holds: at once on a CPU, else when the next message is sent.
+
+        Parameters
+        ----------
+        passed : Tensor of bool, shape ()
+            The same on every rank.
+        error : callable
+            Makes what is raised.
+        """
+        if deferred(passed):
+            self._late.append(_Late(*_on_its_way(passed), error))
+        elif not bool(passed):
+            raise error()
+
     def rank(self, member: int) -> int:
         """Give the rank in the job of a member of the group.
 
@@ -189,7 +219,8 @@ class Conversation:
             # read when the next call comes: to read it now would make the host wait for the device
             came = torch.where(agreed, came, float("nan"))
             came[:, 1] = torch.where(agreed, came[:, 1], 0)
-            self._late.append(_Late(*_on_its_way(agreed), call, self._order.agreed))
+            number = self._order.agreed
+            self._late.append(_Late(*_on_its_way(agreed), lambda: self._disagreement(call, number)))
         elif not bool(agreed):
             raise self._disagreement(call, self._order.agreed)
         elif expected != plan:
@@ -241,10 +272,11 @@ class Conversation:
             )
         while self._late and (self._late[0].event is None or self._late[0].event.query()):
             late = self._late.popleft()
-            if not bool(late.agreed):
+            if not bool(late.passed):
                 self._late.clear()
-                error = self._disagreement(late.call, late.number)
-                self._lost = error.what
+                error = late.error()
+                if isinstance(error, PoolingError):
+                    self._lost = error.what
                 raise error
 
     def _disagreement(self, call: Call, number: int) -> PoolingError:
