@@ -35,12 +35,15 @@ if TYPE_CHECKING:  # as below, for those who read types
     from batchnorm.network.insert import insert
     from batchnorm.network.normalized import Normalized
     from batchnorm.network.record import Record, record
+    from batchnorm.network.synchronize import desynchronize, synchronize
+    from batchnorm.network.together import Joining, together
 
 __version__ = "0.1.0"
 
 # a layer needs none of them: each is imported when it is first asked for
 _TOOLS = {
     "FrozenBatchNorm": "batchnorm.network.frozen",
+    "Joining": "batchnorm.network.together",
     "Normalized": "batchnorm.network.normalized",
     "Record": "batchnorm.network.record",
     "accelerate": "batchnorm.network.accelerate",
@@ -48,6 +51,7 @@ _TOOLS = {
     "adapt": "batchnorm.network.adapt",
     "calibrate": "batchnorm.network.calibrate",
     "convert": "batchnorm.network.convert",
+    "desynchronize": "batchnorm.network.synchronize",
     "fold": "batchnorm.network.fold",
     "freeze": "batchnorm.network.freeze",
     "insert": "batchnorm.network.insert",
@@ -56,6 +60,8 @@ _TOOLS = {
     "param_groups": "batchnorm.network.groups",
     "record": "batchnorm.network.record",
     "restore": "batchnorm.network.accelerate",
+    "synchronize": "batchnorm.network.synchronize",
+    "together": "batchnorm.network.together",
     "unfreeze": "batchnorm.network.freeze",
 }
 
@@ -69,6 +75,7 @@ __all__ = [
     "DeviceError",
     "DtypeError",
     "FrozenBatchNorm",
+    "Joining",
     "MissingStatisticsError",
     "NonFiniteError",
     "Normalized",
@@ -83,6 +90,7 @@ __all__ = [
     "adapt",
     "calibrate",
     "convert",
+    "desynchronize",
     "domain",
     "fold",
     "freeze",
@@ -93,6 +101,8 @@ __all__ = [
     "param_groups",
     "record",
     "restore",
+    "synchronize",
+    "together",
     "unfreeze",
 ]
 

@@ -267,6 +267,8 @@ class Layer(nn.Module):
         )
 
     def _between(self, z: Tensor, mask: Tensor | None, domain: str | None) -> Pooling | None:
+        if self.virtual_batch_size is not None:
+            raise validation.parts_and_pooling(self.virtual_batch_size)
         # a graph asks when it runs, for it may outlive the process group that it was compiled beside
         if not torch.compiler.is_compiling():
             if not pools(self.process_group):

@@ -149,7 +149,16 @@ def _pooled_backward(
         activation = None
     norm = Norm(axis, eps, gamma, beta, None, activation, residual is not None)
     dz, dbeta, dgamma, dresidual = steps.backward(
-        select(z), dy, z, norm, Moments(center, inv_std), residual, divisor, mask, _between(pooling), with_residual
+        select(z),
+        dy,
+        z,
+        norm,
+        Moments(center, inv_std),
+        residual,
+        divisor,
+        mask,
+        _between(pooling),
+        with_residual,
     )
     if dresidual is None:
         dresidual = z.new_empty(0)
@@ -173,7 +182,7 @@ def _pooled_backward_fake(dy: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, ..
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     z, gamma, beta, residual, mask, _, _, _, axis, eps, activation, pooling = inputs
-    _, _, _, center, inv_std, side, divisor, _, ticket = output
+    center, inv_std, side, divisor = output[3:7]
     ctx.mark_non_differentiable(*output[1:-1])
     norm = Norm(axis, eps, residual=residual, activation=activation)
     kept = residual if norm.saves_residual else None
@@ -234,7 +243,17 @@ def pooled(
     begins = _begins()
     ticket = torch.zeros((), device=z.device) if begins else _chain.ticket
     y, mean, var, _, _, _, _, count, following = torch.ops.batchnorm.pooled(
-        z, gamma, beta, residual, mask, *(fallback or (None, None)), ticket, axis, eps, activation, pooling.dump()
+        z,
+        gamma,
+        beta,
+        residual,
+        mask,
+        *(fallback or (None, None)),
+        ticket,
+        axis,
+        eps,
+        activation,
+        pooling.dump(),
     )
     _chain.ticket = following
     return y, count, mean, var

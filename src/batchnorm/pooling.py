@@ -86,7 +86,9 @@ class Pooling:
 
         def pool(talk: talks.Conversation) -> None:
             nonlocal count, mean, m2, masked
-            count, mean, m2, masked, nonfinite = talk.statistics(self.call("forward"), count, mean, m2, masked)
+            count, mean, m2, masked, nonfinite = talk.statistics(
+                self.call("forward"), count, mean, m2, masked
+            )
             if self.on_nonfinite == "raise" and nonfinite is not None and not culprits:
                 culprits.extend(talk.rank(r) for r in torch.nonzero(nonfinite).flatten().tolist())
 
@@ -134,7 +136,9 @@ class Pooling:
             return local  # there are no values to tell anybody
         counted = torch.as_tensor(count).to(mean.dtype).expand(mean.shape)
         present = torch.where(counted > 0, mean, 0)
-        front = torch.stack((counted.detach(), counted.detach() * present, torch.full_like(mean, float(self.masked))))
+        front = torch.stack(
+            (counted.detach(), counted.detach() * present, torch.full_like(mean, float(self.masked)))
+        )
         total, weighted, masked = _AllSum.apply(front.reshape(-1), self, "composite mean").view(3, -1)  # type: ignore[no-untyped-call]
         total = total.detach()
         pooled = weighted / total.clamp(min=1)
@@ -194,7 +198,14 @@ class Pooling:
         str
             What `load` reads.
         """
-        words = (self.path, str(self.channels), self.dtype, self.domain, self.on_single_value, self.on_nonfinite)
+        words = (
+            self.path,
+            str(self.channels),
+            self.dtype,
+            self.domain,
+            self.on_single_value,
+            self.on_nonfinite,
+        )
         # spelled out rather than dumped by a library: a compiler follows it
         return _BETWEEN.join((*words, "masked" if self.masked else "", *self.groups))
 
@@ -264,7 +275,7 @@ def _is_fake(tensor: Tensor) -> bool:
 
 def _require(enough: Tensor, pooling: Pooling, total: Tensor) -> None:
     if torch._C._are_functorch_transforms_active():
-        from batchnorm.transforms import outside, _bare
+        from batchnorm.transforms import _bare, outside
 
         with outside():
             enough, total = _bare(enough).value, _bare(total).value
@@ -305,4 +316,3 @@ def _unsupported(what: str) -> ArgumentError:
         why="each rank would send messages of its own, and nobody could say which of them belong together.",
         mend="desynchronize(model) for this computation; or take the derivative in reverse mode.",
     )
-

@@ -415,3 +415,24 @@ def inplace_with_gradient() -> ArgumentError:
         why="the backward needs the input, which would be overwritten.",
         mend="run under torch.no_grad() or torch.inference_mode(), or drop inplace.",
     )
+
+
+def parts_and_pooling(size: int) -> ArgumentError:
+    """Make the error of a layer that is to cut a batch into parts and to pool it over ranks.
+
+    Parameters
+    ----------
+    size : int
+        Its ``virtual_batch_size``.
+
+    Returns
+    -------
+    ArgumentError
+        To be raised.
+    """
+    return ArgumentError(
+        f"batch_norm: virtual_batch_size={size!r} together with a process_group.",
+        why="one normalizes parts of a batch apart, the other those of all ranks together; and ranks with batches "
+        "of different sizes would cut different parts.",
+        mend="set one of the two to None.",
+    )

@@ -67,7 +67,7 @@ def outcomes_of(
             processes.append(process)
         end = time.monotonic() + limit
         outcomes = [Outcome() for _ in range(ranks)]
-        for outcome, receive, process in zip(outcomes, pipes, processes, strict=True):
+        for outcome, receive in zip(outcomes, pipes, strict=True):
             with contextlib.suppress(EOFError):
                 if receive.poll(max(0.0, end - time.monotonic())):
                     outcome.result, outcome.error, outcome.trace, outcome.seconds = pickle.loads(

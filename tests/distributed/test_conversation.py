@@ -211,7 +211,9 @@ def absent(rank, who, how):
     return first
 
 
-ABSENCES = [(who, how, store) for store in ("tcp", "file") for how in ("dies", "sleeps", "leaves") for who in (0, 1)]
+ABSENCES = [
+    (who, how, store) for store in ("tcp", "file") for how in ("dies", "sleeps", "leaves") for who in (0, 1)
+]
 QUICK = [(1, "dies", "tcp"), (0, "dies", "tcp"), (1, "sleeps", "tcp")]
 
 

@@ -166,7 +166,9 @@ class Conversation:
             What the others are told.
         """
         try:
-            self._agree(call._replace(path=f"{call.path}: {why}"), (), torch.zeros(0, dtype=torch.float64), False)
+            self._agree(
+                call._replace(path=f"{call.path}: {why}"), (), torch.zeros(0, dtype=torch.float64), False
+            )
         except PoolingError:
             return  # the one that this rank is about to raise came first
 

@@ -17,25 +17,30 @@ def merge_statistics(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, T
 
     Parameters
     ----------
-    count : Tensor, shape (P,)
+    count : Tensor, shape (P,) or (P, C)
         Values a channel in each set; 0 is allowed.
     mean, m2 : Tensor, shape (P, C)
         Mean, and sum of squared deviations from it, of each set; float64.
 
     Returns
     -------
-    count : Tensor, shape ()
+    count : Tensor, shape () or (C,)
         Values in all.
     mean, m2 : Tensor, shape (C,)
         Of all values.
     """
-    sets = (count.unsqueeze(1), mean, m2)
+    sets = (count.unsqueeze(1) if count.dim() == 1 else count, mean, m2)
     while sets[0].shape[0] > 1:
         paired = sets[0].shape[0] // 2 * 2
-        left, right, rest = ([s[i:end:2] for s in sets] for i, end in ((0, paired), (1, paired), (paired, None)))
+        left, right, rest = (
+            [s[i:end:2] for s in sets] for i, end in ((0, paired), (1, paired), (paired, None))
+        )
         both = merge(*left, *right)
-        sets = tuple(torch.cat(pair) if rest[0].shape[0] else pair[0] for pair in zip(both, rest, strict=True))  # type: ignore[assignment]
-    return sets[0][0, 0], sets[1][0], sets[2][0]
+        sets = tuple(
+            torch.cat(pair) if rest[0].shape[0] else pair[0] for pair in zip(both, rest, strict=True)
+        )  # type: ignore[assignment]
+    total = sets[0][0]
+    return total[0] if count.dim() == 1 else total, sets[1][0], sets[2][0]
 
 
 def add_up(rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ answers for them. Who does not answer is dead, asleep, or somewhere without a ba
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Any
@@ -86,8 +87,9 @@ class RollCall:
         done: list[bool] = []
 
         def ask() -> None:
-            self._collect(subject, where)
-            done.append(True)
+            with contextlib.suppress(Exception):  # the store is gone with the rank that kept it
+                self._collect(subject, where)
+                done.append(True)
 
         # in a thread: a store that hangs must not hang this rank
         thread = threading.Thread(target=ask, daemon=True)

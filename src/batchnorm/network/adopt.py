@@ -26,7 +26,13 @@ OURS: dict[type[nn.Module], type[Layer]] = {
 }
 TORCH: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in OURS.items()}
 # options of ours that change what a layer computes, with the value under which it computes what torch does
-PLAIN = {"activation": None, "channel_dim": 1, "virtual_batch_size": None, "running_var_correction": 1}
+PLAIN = {
+    "activation": None,
+    "channel_dim": 1,
+    "virtual_batch_size": None,
+    "running_var_correction": 1,
+    "process_group": None,
+}
 _BUFFERS = ("num_batches_skipped", "skipped_channels")
 # what a layer of ours holds beyond torch's, found rather than listed
 _EXTRAS = tuple(

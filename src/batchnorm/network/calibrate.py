@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.distributed.groups import Names, members
 from batchnorm.domain import active_domain
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm.layout import channel_axis
@@ -18,6 +19,7 @@ from batchnorm.network.batches import FORWARD, batches_of, move_to, run_batch, s
 from batchnorm.network.model import check_model, check_number
 from batchnorm.network.progress import watched
 from batchnorm.network.record import Record, write_record
+from batchnorm.network.shards import Shards, pool
 from batchnorm.population import merge
 
 Estimator = Literal["pooled", "average", "moving"]
@@ -36,6 +38,7 @@ def calibrate(
     momentum: float = 0.1,
     forward: Forward | None = None,
     progress: bool = True,
+    group: Any = None,
 ) -> nn.Module:
     """Collect the population statistics of every batch-norm layer anew, from mini-batches of ``data``.
 
@@ -68,7 +71,11 @@ def calibrate(
     forward : callable, optional
         ``forward(model, batch)`` runs the model on a batch of any structure.
     progress : bool, default True
-        Show a progress bar when standard error is a terminal.
+        Show a progress bar when standard error is a terminal; over ranks, on the first.
+    group : str, ProcessGroup, optional
+        Ranks that each have a shard of the data: ``"world"`` is all of them. Every rank ends with the
+        statistics of all shards, with the same bits; a shard may be empty. Layers that pool (`synchronize`)
+        calibrate over their own group by themselves, step by step, each step on what all ranks have.
 
     Returns
     -------
@@ -81,7 +88,9 @@ def calibrate(
         ``model`` is no network that can be looked into; an unknown estimator, a momentum outside its range,
         ``data`` that can't be iterated, a batch whose structure cannot be read.
     DataError
-        ``data`` holds no batch.
+        ``data`` holds no batch, on no rank.
+    PoolingError
+        Another rank failed; this one is then as it was, too.
 
     Notes
     -----
@@ -95,7 +104,7 @@ def calibrate(
 
     Inside ``with batchnorm.domain(name)`` it is the statistics of that domain that are collected.
 
-    On several ranks every rank computes its own; give every rank the same data.
+    On several ranks without ``group``, layers that do not pool are calibrated by every rank on its own.
 
     References
     ----------
@@ -131,25 +140,29 @@ def calibrate(
         raise ArgumentError(f"calibrate: forward={forward!r} is no function.", mend=FORWARD)
     told = Record()
     begun: list[Layer] = []
+    shards: Shards | None = None
     try:
         meters = _meters(model, estimator, momentum, told, begun)
+        shards = Shards(list(meters.values()), group)
         device = single_device(model)
         batches = 0
         stream = batches_of(data, "calibrate")
         with _batch_statistics_mode(model, meters):
-            for batch in watched(stream, "calibrate", progress):
+            for batch in watched(shards.stream(stream), "calibrate", progress and shards.first):
                 if forward is not None:
                     forward(model, batch)
                 else:
                     run_batch(model, batch if device is None else move_to(batch, device), "calibrate")
                 batches += 1
-        if not batches:
+        if not shards.merge(batches):
             raise DataError(
                 "calibrate: the data holds no batch.",
                 why="there is nothing to take statistics from.",
                 mend="give an iterable of batches; a generator that was read once is empty the second time.",
             )
-    except BaseException:
+    except BaseException as error:
+        if shards is not None:
+            shards.fail(error)
         _forget(begun)
         raise
     for meter in meters.values():
@@ -174,6 +187,9 @@ class _Meter:
             torch.zeros(self.mean_buffer.shape, dtype=torch.float64, device=device) for _ in range(4)
         )
         self.calls = 0
+        # of a layer that pools: where there is somebody to pool with
+        names = getattr(layer, "process_group", None) if isinstance(layer, Layer) else None
+        self.groups: Names | None = names if names is not None and members(names) else None
         self.skipped = torch.zeros(self.mean_buffer.shape, dtype=torch.int64, device=device)
 
     def observe(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -182,6 +198,8 @@ class _Meter:
         mask = args[2] if len(args) > 2 else kwargs.get("mask")
         count, mean, m2 = _statistics(z.detach(), int(getattr(layer, "channel_dim", 1)), mask)
         count, mean, m2 = (value.to(self.mean.device) for value in (count, mean, m2))
+        if self.groups is not None:
+            count, mean, m2 = pool(self.groups, self.path, count, mean, m2)
         # an empty batch has no mean; its output is empty too, so that any will do
         var = m2 / count.clamp(min=1)
         self.holder._buffers["running_mean"] = mean.to(self.mean_buffer)
