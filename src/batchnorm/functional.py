@@ -13,6 +13,7 @@ from batchnorm.autograd import normalize_batch, normalize_population
 from batchnorm.kernels.contract import Norm
 from batchnorm.kernels.select import select
 from batchnorm.layout import channel_axis, values_per_channel
+from batchnorm.pooling.placed import infer_shards, is_placed, train_shards
 from batchnorm.population import Tracking, count_empty
 from batchnorm.recording import Sink, Told, counting, tell
 from batchnorm.steps import Between
@@ -244,6 +245,11 @@ def infer(
     """
     if running_mean is None or running_var is None:
         raise validation.missing_statistics()
+    if type(z) is not Tensor and is_placed(z):
+        if inplace:
+            return z.copy_(infer(z, running_mean, running_var, gamma, beta, residual, mask, masked_output, options))
+        statistics, vectors = (running_mean, running_var), (gamma, beta)
+        return infer_shards(infer, z, statistics, vectors, residual, mask, masked_output, options)
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
     validation.check_tensors(z, axis, (running_mean, running_var, gamma, beta), residual)
     if (
@@ -293,6 +299,11 @@ def train(
     Tensor
         Of the shape of ``z``.
     """
+    if type(z) is not Tensor and is_placed(z):
+        vectors = (gamma, beta)
+        return train_shards(
+            train, z, vectors, residual, mask, masked_output, tracking, population, options, between
+        )
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
     norm = Norm(axis, options.eps, gamma, beta, residual, options.activation)
     plain = tracking is None or type(tracking) is Tracking

@@ -34,9 +34,8 @@ class Between(Protocol):
     def statistics(self, local: Statistics) -> Statistics:
         """Give the statistics to normalize with, from those of this rank; both in float64, ``count`` exact.
 
-        Runs without a gradient being recorded. With a mask ``count`` is what the mask keeps. Fewer than two
-        values in what is returned raise `TooFewValuesError` afterwards, or let the fallback serve: so all ranks
-        do, or none.
+        Runs without a gradient being recorded. With a mask ``count`` is what the mask keeps. It looks for fewer
+        than two values itself, for it knows whether a rank had a mask, and where looking must wait for a device.
         """
 
     def sums(self, local: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -57,7 +56,7 @@ class Between(Protocol):
 
         As `batchnorm.operators.training` does without pooling: an opaque operator made of :func:`forward`, its
         backward of :func:`backward`, this object made anew inside from what an operator may be given (its
-        name). ``count`` is 0 where `batchnorm.operators.recomputing`.
+        name). ``count`` is -1 where `batchnorm.operators.recomputing`: neither values, nor a batch without any.
         """
 
 

@@ -103,6 +103,22 @@ def outside() -> Iterator[None]:
         yield
 
 
+def bare(tensor: Tensor) -> Tensor:
+    """Give a tensor without the wrappers that transforms put around it.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        Wrapped or not.
+
+    Returns
+    -------
+    Tensor
+        What lies under the wrappers; ``vmap`` has added an axis to it.
+    """
+    return _bare(tensor).value
+
+
 def _bare(tensor: Tensor) -> _Bare:
     axes: dict[int, int] = {}
     while _functorch.is_functorch_wrapped_tensor(tensor):

@@ -224,7 +224,9 @@ def test_policies_are_applied_to_the_pooled_values_so_that_all_ranks_do_the_same
         assert "rank 1" in found["inf, raise"][1]
         assert found["inf, skip"][1][0] == 0
         torch.testing.assert_close(found["inf, skip"][1][1], torch.tensor(0.1))
-    torch.testing.assert_close(second["one value in all, running"][0], torch.full((1, 2), 3.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        second["one value in all, running"][0], torch.full((1, 2), 3.0), rtol=1e-4, atol=0
+    )
     torch.testing.assert_close(second["one value a rank"][0], torch.ones(1, 2), rtol=1e-4, atol=0)
 
 
@@ -269,7 +271,10 @@ def checkpointed(rank, group, shards, reentrant):
 
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Linear(3, 4), batchnorm.BatchNorm1d(4, process_group=group), nn.Tanh(), batchnorm.BatchNorm1d(4, process_group=group)
+        nn.Linear(3, 4),
+        batchnorm.BatchNorm1d(4, process_group=group),
+        nn.Tanh(),
+        batchnorm.BatchNorm1d(4, process_group=group),
     ).double()
     z = torch.randn(6, 3, dtype=torch.float64)[shards[rank]].requires_grad_()
     for _ in range(2):
@@ -308,7 +313,9 @@ def second_derivative(rank, group, shards, activation, with_residual):
 @pytest.mark.parametrize(("activation", "with_residual"), [(None, False), ("gelu", True), ("relu", True)])
 @pytest.mark.parametrize("sizes", [[4, 2], [6, 0]], ids=str)
 def test_second_derivatives_are_those_of_the_sum_of_all_losses(activation, with_residual, sizes):
-    found = run(second_derivative, 2, "world", [slice(0, sizes[0]), slice(sizes[0], 6)], activation, with_residual)
+    found = run(
+        second_derivative, 2, "world", [slice(0, sizes[0]), slice(sizes[0], 6)], activation, with_residual
+    )
     whole = second_derivative(0, None, [slice(0, 6)], activation, with_residual)
     torch.testing.assert_close(torch.cat([f[0] for f in found]), whole[0])
     torch.testing.assert_close(sum(f[1] for f in found), whole[1])

@@ -13,6 +13,7 @@ from batchnorm.distributed.groups import Names, members
 from batchnorm.errors import ArgumentError, NonFiniteError, PoolingError, TooFewValuesError
 from batchnorm.kernels.contract import Norm, Statistics
 from batchnorm.steps import Constants
+from batchnorm.transforms import bare, outside, transforming
 
 pools = members
 """The groups in which there is somebody to pool with; empty: nothing stands between."""
@@ -170,7 +171,7 @@ class Pooling:
         y, count, mean, var : Tensor
             ``count`` is -1 where a checkpoint re-runs the graph, so that nothing moves twice.
         """
-        from batchnorm.pooled_operators import pooled
+        from batchnorm.pooling.graph import pooled
 
         return pooled(z, norm, mask, fallback, self)
 
@@ -274,15 +275,10 @@ def _is_fake(tensor: Tensor) -> bool:
 
 
 def _require(enough: Tensor, pooling: Pooling, total: Tensor) -> None:
-    if torch._C._are_functorch_transforms_active():
-        from batchnorm.transforms import _bare, outside
-
+    if transforming(total):
         with outside():
-            enough, total = _bare(enough).value, _bare(total).value
-            if not bool(enough.all()):
-                raise pooling._too_few(int(total.min()))
-        return
-    if not bool(enough.all()):
+            _require(bare(enough), pooling, bare(total))
+    elif not bool(enough.all()):
         raise pooling._too_few(int(total.min()))
 
 

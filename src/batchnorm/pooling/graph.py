@@ -22,7 +22,7 @@ from batchnorm.kernels.contract import Moments, Norm
 from batchnorm.kernels.select import select
 from batchnorm.layout import values_per_channel
 from batchnorm.operators import recomputing
-from batchnorm.pooling import Pooling, pools
+from batchnorm.pooling.ranks import Pooling, pools
 from batchnorm.steps import Constants
 
 _library = torch.library.Library("batchnorm", "FRAGMENT")
