@@ -247,7 +247,9 @@ def infer(
         raise validation.missing_statistics()
     if type(z) is not Tensor and is_placed(z):
         if inplace:
-            return z.copy_(infer(z, running_mean, running_var, gamma, beta, residual, mask, masked_output, options))
+            return z.copy_(
+                infer(z, running_mean, running_var, gamma, beta, residual, mask, masked_output, options)
+            )
         statistics, vectors = (running_mean, running_var), (gamma, beta)
         return infer_shards(infer, z, statistics, vectors, residual, mask, masked_output, options)
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)

@@ -12,7 +12,7 @@ import torch
 
 from batchnorm.network.model import check_model
 
-_ATTRIBUTE = "_batchnorm_record"
+ATTRIBUTE = "_batchnorm_record"
 LEFT_ALONE = "left alone"
 _WIDTH = 140
 
@@ -197,7 +197,7 @@ def record(network: torch.nn.Module) -> Record:
 
 
 def _of(network: torch.nn.Module) -> Record:
-    found = getattr(network, _ATTRIBUTE, None)
+    found = getattr(network, ATTRIBUTE, None)
     return found if isinstance(found, Record) else Record()
 
 
@@ -217,5 +217,5 @@ def write_record(network: torch.nn.Module, rows: Record) -> torch.nn.Module:
         ``network``.
     """
     # a new object: a copy of the network made earlier may still hold the old one
-    object.__setattr__(network, _ATTRIBUTE, Record([*_of(network).rows, *rows.rows]))
+    object.__setattr__(network, ATTRIBUTE, Record([*_of(network).rows, *rows.rows]))
     return network
