@@ -1,0 +1,167 @@
+"""How a batch norm, a sum and an activation look in the graphs that Dynamo makes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from batchnorm.network.accelerate.effects import arguments, value
+
+_TORCH_BATCH_NORM = (
+    "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"
+)  # fmt: skip
+_ACTIVATIONS: dict[Any, str] = {
+    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
+    F.relu6: "relu6", F.hardtanh: "hardtanh", F.hardtanh_: "hardtanh",
+    F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu",
+    F.silu: "silu", F.hardswish: "hardswish",
+    torch.sigmoid: "sigmoid", torch.sigmoid_: "sigmoid", F.sigmoid: "sigmoid", torch.special.expit: "sigmoid",
+    "sigmoid": "sigmoid", "sigmoid_": "sigmoid",
+    torch.tanh: "tanh", torch.tanh_: "tanh", F.tanh: "tanh", "tanh": "tanh", "tanh_": "tanh",
+    F.gelu: "gelu",
+}  # fmt: skip
+_NAMES = {"hardtanh": ("input", "min_val", "max_val"), "leaky_relu": ("input", "negative_slope")}
+_SUMS = frozenset([operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__"])
+_IN_PLACE = frozenset(["relu_", "sigmoid_", "tanh_", "add_", "__iadd__"])
+_IN_PLACE_FUNCTIONS = frozenset(
+    [operator.iadd, torch.relu_, torch.sigmoid_, torch.tanh_, F.relu_, F.hardtanh_, F.leaky_relu_]
+)
+
+
+class Norm(NamedTuple):
+    """A call of torch's batch norm, its arguments by name; those that a graph computes are nodes."""
+
+    z: fx.Node
+    mean: Any
+    var: Any
+    gamma: Any
+    beta: Any
+    training: bool
+    momentum: Any
+    eps: float
+
+
+def norm(node: fx.Node) -> Norm | None:
+    """Read a step as torch's batch norm.
+
+    Parameters
+    ----------
+    node : torch.fx.Node
+        Any step.
+
+    Returns
+    -------
+    Norm or None
+        None for every other step.
+    """
+    if node.op != "call_function" or node.target not in (F.batch_norm, torch.batch_norm):
+        return None
+    given = arguments(node, _TORCH_BATCH_NORM if node.target is torch.batch_norm else ())
+    found = Norm(
+        given["input"],
+        given.get("running_mean"),
+        given.get("running_var"),
+        given.get("weight"),
+        given.get("bias"),
+        given.get("training", False),
+        given.get("momentum", 0.1),
+        given.get("eps", 1e-5),
+    )
+    return found if isinstance(found.z, fx.Node) else None
+
+
+def activation(node: fx.Node) -> str | None:
+    """Read a step as one of the activations that join the normalizing pass.
+
+    Parameters
+    ----------
+    node : torch.fx.Node
+        Any step.
+
+    Returns
+    -------
+    str or None
+        None for every other step, and for another slope or approximation than the engines know.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return None
+    name = _ACTIVATIONS.get(node.target)
+    if name is None:
+        return None
+    given = arguments(node, _NAMES.get(name, ()) if node.target in (F.hardtanh_, F.leaky_relu, F.leaky_relu_) else ())
+    if name == "hardtanh":
+        low, high = given.get("min_val", -1.0), given.get("max_val", 1.0)
+        return "relu6" if (low, high) == (0, 6) else None
+    if name == "leaky_relu" and given.get("negative_slope", 0.01) != 0.01:
+        return None
+    if name == "gelu" and given.get("approximate", "none") != "none":
+        return None
+    if given.get("out") is not None:
+        return None
+    return name
+
+
+def added_to(node: fx.Node, term: fx.Node) -> fx.Node | None:
+    """Read a step as the sum of a tensor and another of its shape and dtype.
+
+    Parameters
+    ----------
+    node : torch.fx.Node
+        Any step.
+    term : torch.fx.Node
+        One of the two.
+
+    Returns
+    -------
+    torch.fx.Node or None
+        The other; None where the step is none such, or writes into the other.
+    """
+    if node.op not in ("call_function", "call_method") or node.target not in _SUMS:
+        return None
+    if len(node.args) != 2 or any(v is not None and v != 1 for v in node.kwargs.values()):
+        return None
+    first, second = node.args
+    other = second if first is term else first
+    if other is term or not isinstance(other, fx.Node):
+        return None
+    if is_in_place(node) and first is not term:
+        return None
+    return other if alike(value(other), value(term)) and alike(value(node), value(term)) else None
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two values are tensors of one shape, dtype and device, for every size that the graph serves."""
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and a.layout == b.layout == torch.strided
+        and a.dim() == b.dim()
+        and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+    )
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a step overwrites its first argument and returns it."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name in _IN_PLACE
+    if node.op != "call_function":
+        return False
+    if node.target in _IN_PLACE_FUNCTIONS:
+        return True
+    home = getattr(node.target, "__module__", None)
+    return home == "torch.nn.functional" and arguments(node).get("inplace") is True
+
+
+def passed_on(node: fx.Node) -> bool:
+    """Whether a step hands on its first argument as it is: dropout out of training."""
+    if node.op != "call_function" or getattr(node.target, "__module__", "") != "torch.nn.functional":
+        return False
+    return node.target.__name__.endswith("dropout") and arguments(node).get("training", True) is False  # type: ignore[union-attr]
