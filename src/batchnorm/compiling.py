@@ -19,12 +19,15 @@ MARK = "_batchnorm_backend"
 def by_our_backend() -> bool:
     """Whether the Python that asks is being followed by Dynamo for our backend."""
     try:
-        from torch._dynamo.eval_frame import innermost_backend
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
-        return hasattr(innermost_backend(InstructionTranslator.current_tx().output.compiler_fn), MARK)
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     except (AttributeError, ImportError):  # another torch: it is shown torch operations
         return False
+    while backend is not None and not hasattr(backend, MARK):
+        # torch wraps it, in one way for each of its own entrances
+        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+    return backend is not None
 
 
 # asked while the Python is followed, and a constant from then on (torch.compiler.assume_constant_result,
@@ -46,8 +49,10 @@ def one_step(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         The same; where a compiler asks for the shape alone, a tensor like z that depends on the four.
     """
 
-    def step(z: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None, *rest: Any) -> Tensor:
-        if not torch.compiler.is_compiling():
+    def step(
+        z: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None, *rest: Any
+    ) -> Tensor:
+        if not _is_fake(z):
             return run(z, gamma, beta, residual, *rest)
         y = torch.empty_like(z) * z
         for term in (gamma, beta, residual):
@@ -55,3 +60,11 @@ def one_step(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return y
 
     return step
+
+
+def _is_fake(z: Tensor) -> bool:
+    if type(z) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch._subclasses import FakeTensor
+
+    return isinstance(z, FakeTensor)

@@ -56,7 +56,7 @@ class accumulate:
             raise ArgumentError(
                 f"accumulate: {type(model).__name__} has no batch norm of this package.",
                 why="the statistics of torch.nn's layers move inside their own kernel, a step each time.",
-                mend="batchnorm.accelerate(model) first: it makes them ours and keeps their parameters.",
+                mend='batchnorm.convert(model, "batchnorm") first: it makes them ours and keeps their parameters.',
             )
 
     def __enter__(self) -> accumulate:

@@ -134,7 +134,7 @@ def _layers(model: nn.Module, verb: str) -> dict[str, Layer]:
         raise ArgumentError(
             f"{verb}: {len(strangers)} batch norms are torch.nn's own.",
             why="they hold still only until somebody calls .train().",
-            mend="batchnorm.accelerate(model) first: it makes them ours and keeps their parameters.",
+            mend='batchnorm.convert(model, "batchnorm") first: it makes them ours and keeps their parameters.',
             at=strangers[0],
         )
     if not layers:

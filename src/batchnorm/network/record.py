@@ -207,7 +207,7 @@ def _live(network: torch.nn.Module) -> list[Row]:
     if told is not None:
         return told()
     if any(row.action == "accelerated" for row in _of(network)):
-        why = "it is a copy, or was loaded, and runs as plain torch: what is compiled is not copied; accelerate it again"
+        why = "a copy, or loaded: it runs as plain torch, for what is compiled is not copied; accelerate it again"
         return [Row("", type(network).__name__, LEFT_ALONE, "", why, "accelerate")]
     return []
 

@@ -7,10 +7,15 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch._dynamo
 from torch import Tensor, fx, nn
 
+from batchnorm.compiling import MARK
+from batchnorm.functional import infer_step, train_step
 from batchnorm.network.accelerate.fuse import fuse
-from batchnorm.network.accelerate.told import Graph
+from batchnorm.network.accelerate.told import Graph, first_line
+
+torch._dynamo.allow_in_graph([train_step, infer_step])
 
 
 def batchnorm(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -29,6 +34,9 @@ def batchnorm(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[...
         Takes and returns what the graph does.
     """
     return compile_graph(module, example_inputs, ())[0]
+
+
+setattr(batchnorm, MARK, True)
 
 
 def compile_graph(
@@ -52,7 +60,7 @@ def compile_graph(
     """
     written = module.forward
     end = getattr(module, "compile_subgraph_reason", None)
-    ended = "" if end is None or not end.graph_break else _first_line(str(end.reason))
+    ended = "" if end is None or not end.graph_break else first_line(str(end.reason))
     try:
         rewritten = fx.GraphModule(module, copy.deepcopy(module.graph))
         found = fuse(rewritten, _places(module, example_inputs, models))
@@ -62,12 +70,9 @@ def compile_graph(
             f"Please report the model.",
             stacklevel=2,
         )
-        return written, Graph([], len(module.graph.nodes), ended, f"it could not be rewritten: {error}")
-    return rewritten.forward, Graph(found, len(module.graph.nodes), ended)
-
-
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+        return written, Graph([], 0, ended, f"it could not be rewritten: {error}")
+    calls = sum(node.op in ("call_function", "call_method", "call_module") for node in module.graph.nodes)
+    return rewritten.forward, Graph(found, calls, ended)
 
 
 def _places(

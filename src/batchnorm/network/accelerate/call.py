@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.autograd import normalize_batch, normalize_population, observed
-from batchnorm.kernels.aten import activate
+from batchnorm.functional import Options
+from batchnorm.kernels.activations import activate
+from batchnorm.kernels.contract import Norm
 from batchnorm.kernels.select import select
 from batchnorm.population import Tracking
 
@@ -38,7 +39,7 @@ def _written(
     return activate(y if residual is None else y + residual, activation)
 
 
-def fused_training(eps: float, activation: str | None) -> Callable[..., Tensor]:
+def torch_training(eps: float, activation: str | None) -> Callable[..., Tensor]:
     """Make the call of a norm in training, with what follows it.
 
     Parameters
@@ -63,30 +64,24 @@ def fused_training(eps: float, activation: str | None) -> Callable[..., Tensor]:
         momentum: float,
         residual: Tensor | None,
     ) -> Tensor:
-        tracking = (
-            None
-            if mean is None or var is None
-            else Tracking(mean, var, None, None, None, momentum, 1, False)
-        )
-        engine = select(z)
-        if (
-            engine.name in NATIVE
-            and not observed(z)
-            and engine.takes(z, 1, gamma, beta, residual, tracking)
-        ):
-            return normalize_batch(z, gamma, beta, residual, 1, eps, activation, tracking)
+        tracking = None
+        if mean is not None and var is not None:
+            tracking = Tracking(mean, var, momentum=momentum, skip_nonfinite=False)
+        engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
+        if engine.name in NATIVE and not observed(z) and engine.takes(z, norm, tracking):
+            return normalize_batch(z, norm, tracking)
         return _written(z, mean, var, gamma, beta, True, momentum, eps, residual, activation)
 
     return batch_norm_training
 
 
-def fused_inference(eps: float, activation: str | None) -> Callable[..., Tensor]:
+def torch_inference(eps: float, activation: str | None) -> Callable[..., Tensor]:
     """Make the call of a norm in inference, with what follows it.
 
     Parameters
     ----------
     eps, activation
-        As for :func:`fused_training`.
+        As for :func:`torch_training`.
 
     Returns
     -------
@@ -102,9 +97,31 @@ def fused_inference(eps: float, activation: str | None) -> Callable[..., Tensor]
         beta: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        engine = select(z)
-        if engine.name in NATIVE and not observed(z) and engine.takes(z, 1, gamma, beta, residual, Tracking(mean, var)):
-            return normalize_population(z, gamma, beta, residual, mean, var, 1, eps, activation)
+        engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
+        if engine.name in NATIVE and not observed(z) and engine.takes(z, norm, Tracking(mean, var)):
+            return normalize_population(z, norm, mean, var)
         return _written(z, mean, var, gamma, beta, False, 0.0, eps, residual, activation)
 
     return batch_norm_inference
+
+
+def ours(step: Callable[..., Tensor], options: Options) -> Callable[..., Tensor]:
+    """Make the call of a layer of ours, with what follows it.
+
+    Parameters
+    ----------
+    step : callable
+        `batchnorm.functional.train_step` or ``infer_step``.
+    options : Options
+        With the activation.
+
+    Returns
+    -------
+    callable
+        Of (z, gamma, beta, residual, and what else ``step`` takes).
+    """
+
+    def batch_norm(*arguments: Any) -> Tensor:
+        return step(*arguments, options)
+
+    return batch_norm

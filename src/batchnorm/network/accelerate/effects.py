@@ -23,7 +23,15 @@ _WRITERS = frozenset(
         operator.irshift, operator.setitem, operator.delitem,
     ]
 )  # fmt: skip
-_PURE_HOMES = ("_operator", "math", "builtins", "torch._C._nn", "torch.nn.functional", "torch._C._special", "torch")
+_PURE_HOMES = (
+    "_operator",
+    "math",
+    "builtins",
+    "torch._C._nn",
+    "torch.nn.functional",
+    "torch._C._special",
+    "torch",
+)
 
 
 def value(node: Any) -> Any:
@@ -69,7 +77,9 @@ def storages(tree: Any) -> frozenset[int]:
 
 def overlap(some: frozenset[int], others: frozenset[int]) -> bool:
     """Whether two sets of storages may share one."""
-    return bool(some & others) or (bool(some) and EVERYTHING in others) or (bool(others) and EVERYTHING in some)
+    return (
+        bool(some & others) or (bool(some) and EVERYTHING in others) or (bool(others) and EVERYTHING in some)
+    )
 
 
 @lru_cache(maxsize=512)
@@ -178,7 +188,9 @@ def written(node: fx.Node) -> frozenset[int]:
 
 
 def _statistics(node: fx.Node) -> frozenset[int]:
-    given = arguments(node, ("input", "weight", "bias", "running_mean", "running_var")) if (
-        node.target in (torch.batch_norm, torch.instance_norm)
-    ) else arguments(node)
+    given = (
+        arguments(node, ("input", "weight", "bias", "running_mean", "running_var"))
+        if (node.target in (torch.batch_norm, torch.instance_norm))
+        else arguments(node)
+    )
     return storages([given.get("running_mean"), given.get("running_var")])

@@ -5,20 +5,17 @@ Nothing else is touched: the graph still counts batches, draws random numbers an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx
 
-from batchnorm.kernels.contract import PIECEWISE_LINEAR
-from batchnorm.network.accelerate import patterns
-from batchnorm.network.accelerate.call import fused_inference, fused_training
+from batchnorm.kernels.activations import PIECEWISE_LINEAR
+from batchnorm.network.accelerate import checkpoint, patterns
 from batchnorm.network.accelerate.effects import EVERYTHING, is_mode_change, overlap, storages, value, written
 from batchnorm.network.accelerate.told import Found
 
-DEVICES = ("cpu",)
-"""Where a kernel of ours is faster than torch's own batch norm."""
+_OURS = "batchnorm"
+"""Among what is noted of a step: it is a call that stands for several."""
 
 
 @dataclass
@@ -59,6 +56,12 @@ def fuse(module: fx.GraphModule, places: dict[str, tuple[str, str]]) -> list[Fou
         One for each norm.
     """
     graph = module.graph
+    inside: list[Found] = []
+    for step, body in checkpoint.bodies(graph, module).items():
+        outer = [n.name if isinstance(n, fx.Node) else "" for n in step.args[1:]]
+        inner = [n.name for n in body.graph.nodes if n.op == "placeholder"]
+        inside += fuse(body, {i: places[o] for i, o in zip(inner, outer, strict=False) if o in places})
+        checkpoint.replace(graph, step, body)
     _name_what_is_overwritten(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     found = []
@@ -67,16 +70,15 @@ def fuse(module: fx.GraphModule, places: dict[str, tuple[str, str]]) -> list[Fou
         if norm is None:
             continue
         where, kind = _place(norm, node, places)
-        reason = _why_not(norm)
-        if reason:
-            found.append(Found(where, (), reason, kind))
+        if norm.reason:
+            found.append(Found(where, (), norm.reason, kind))
             continue
         chain = _follow(norm, node, order)
         _replace(graph, chain)
         found.append(Found(where, chain.parts, "" if len(chain.parts) > 1 else chain.reason, kind))
     graph.lint()
     module.recompile()
-    return found
+    return [*found, *inside]
 
 
 def _name_what_is_overwritten(graph: fx.Graph) -> None:
@@ -92,21 +94,8 @@ def _name_what_is_overwritten(graph: fx.Graph) -> None:
                     user.replace_input_with(target, node)
 
 
-def _why_not(norm: patterns.Norm) -> str:
-    z = value(norm.z)
-    if z is None:
-        return "its input is not known"
-    if z.device.type not in DEVICES:
-        return f"torch's own is the faster on {z.device.type}"
-    if type(norm.training) is not bool or not isinstance(norm.eps, (int, float)):
-        return "its arguments are computed"
-    if not norm.training and (norm.mean is None or norm.var is None):
-        return "it has no running statistics"
-    return ""
-
-
 def _place(norm: patterns.Norm, node: fx.Node, places: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    for tensor in (norm.mean, norm.gamma, norm.beta):
+    for tensor in norm.vectors:
         if isinstance(tensor, fx.Node) and tensor.name in places:
             return places[tensor.name]
     stack = node.meta.get("nn_module_stack") or {}
@@ -121,10 +110,12 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _follow(norm: patterns.Norm, node: fx.Node, order: dict[fx.Node, int]) -> _Chain:
     chain = _Chain(norm, node)
     step, passed = node, []
-    while True:
+    while norm.joins:
         user = _only_user(step)
         if user is None:
-            chain.reason = f"its output is read {len(step.users)} times"
+            chain.reason = (
+                f"its output is read {len(step.users)} times" if step.users else "nobody reads its output"
+            )
             break
         if any(is_mode_change(n) for n in _between(step, user)):
             chain.reason = "the mode changes behind it"
@@ -144,9 +135,19 @@ def _follow(norm: patterns.Norm, node: fx.Node, order: dict[fx.Node, int]) -> _C
                 passed = []
                 continue
         name = patterns.activation(user)
-        if name is None or not patterns.alike(value(user), value(node)):
+        if patterns.is_sum(user):
+            chain.reason = (
+                "a second sum stands behind it"
+                if chain.total
+                else "what is added has another shape or dtype, or is overwritten by the sum"
+            )
+        elif name is None or not patterns.alike(value(user), value(node)):
             chain.reason = f"{_called(user)} stands behind it"
-        elif chain.residual is not None and name not in PIECEWISE_LINEAR and _written_later(chain.residual, user):
+        elif (
+            chain.residual is not None
+            and name not in PIECEWISE_LINEAR
+            and _written_later(chain.residual, user)
+        ):
             chain.reason = "what is added is overwritten later"
         else:
             chain.act, chain.activation = user, name
@@ -156,6 +157,8 @@ def _follow(norm: patterns.Norm, node: fx.Node, order: dict[fx.Node, int]) -> _C
 
 
 def _called(node: fx.Node) -> str:
+    if _OURS in node.meta:
+        return "another norm, whose call adds it,"
     return "the output" if node.op == "output" else getattr(node.target, "__name__", str(node.target))
 
 
@@ -170,8 +173,7 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
 def _why_not_moved(chain: _Chain, total: fx.Node, residual: fx.Node, order: dict[fx.Node, int]) -> str:
     """Why the norm cannot be called where its sum stands: somebody writes what it reads, or reads what it writes."""
     norm = chain.norm
-    reads = storages([norm.z, norm.gamma, norm.beta, norm.mean, norm.var])
-    moved = storages([norm.mean, norm.var]) if norm.training else frozenset()
+    reads, moved = storages([norm.z, norm.vectors]), storages(norm.moved)
     for step in _between(chain.node, total):
         if step in chain.skipped or step.op == "placeholder":
             continue
@@ -202,16 +204,11 @@ def _written_later(residual: fx.Node, last: fx.Node) -> bool:
 
 def _replace(graph: fx.Graph, chain: _Chain) -> None:
     norm, last = chain.norm, chain.last
-    call: Callable[..., Any]
-    rest: tuple[Any, ...]
-    if norm.training:
-        call, rest = fused_training(norm.eps, chain.activation), (norm.momentum, chain.residual)
-    else:
-        call, rest = fused_inference(norm.eps, chain.activation), (chain.residual,)
+    call, given = norm.call(chain.activation, chain.residual)
     # where the sum stands: only there what is added is there as well
     with graph.inserting_before(chain.total or chain.node):
-        new = graph.call_function(call, (norm.z, norm.mean, norm.var, norm.gamma, norm.beta, *rest))
-    new.meta = dict(last.meta)
+        new = graph.call_function(call, given)
+    new.meta = {**last.meta, _OURS: True}
     last.replace_all_uses_with(new)
     dead = [node for node in (chain.node, *chain.skipped, chain.total, chain.act) if node is not None]
     while dead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from batchnorm.functional import Options, infer_step, train_step
+from batchnorm.network.accelerate.call import ours, torch_inference, torch_training
 from batchnorm.network.accelerate.effects import arguments, value
+from batchnorm.population import Tracking
+
+DEVICES = ("cpu",)
+"""Where a kernel of ours is faster than torch's own batch norm."""
 
 _TORCH_BATCH_NORM = (
     "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"
@@ -34,20 +41,34 @@ _IN_PLACE_FUNCTIONS = frozenset(
 
 
 class Norm(NamedTuple):
-    """A call of torch's batch norm, its arguments by name; those that a graph computes are nodes."""
+    """A call of a batch norm, torch's or ours.
+
+    Parameters
+    ----------
+    z : torch.fx.Node
+        Its input.
+    vectors : tuple
+        What it reads beside that: statistics, gamma, beta.
+    moved : tuple
+        What it writes: running statistics and counts, in training.
+    joins : bool
+        Whether a sum and an activation may join it; no where it has its own.
+    reason : str
+        Why it runs as it was written; empty where it is called by us.
+    call : callable
+        Of an activation's name and what is added (or None), gives what is called, and its arguments.
+    """
 
     z: fx.Node
-    mean: Any
-    var: Any
-    gamma: Any
-    beta: Any
-    training: bool
-    momentum: Any
-    eps: float
+    vectors: tuple[Any, ...]
+    moved: tuple[Any, ...]
+    joins: bool
+    reason: str
+    call: Callable[[str | None, fx.Node | None], tuple[Callable[..., Tensor], tuple[Any, ...]]]
 
 
 def norm(node: fx.Node) -> Norm | None:
-    """Read a step as torch's batch norm.
+    """Read a step as a batch norm.
 
     Parameters
     ----------
@@ -59,20 +80,75 @@ def norm(node: fx.Node) -> Norm | None:
     Norm or None
         None for every other step.
     """
-    if node.op != "call_function" or node.target not in (F.batch_norm, torch.batch_norm):
+    if node.op != "call_function":
         return None
+    if node.target in (F.batch_norm, torch.batch_norm):
+        found = _of_torch(node)
+    elif node.target in (train_step, infer_step):
+        found = _of_ours(node)
+    else:
+        return None
+    if not isinstance(value(found.z), Tensor):
+        return None
+    device = value(found.z).device.type
+    return found if device in DEVICES else found._replace(reason=f"torch's own is the faster on {device}")
+
+
+def _of_torch(node: fx.Node) -> Norm:
     given = arguments(node, _TORCH_BATCH_NORM if node.target is torch.batch_norm else ())
-    found = Norm(
-        given["input"],
-        given.get("running_mean"),
-        given.get("running_var"),
-        given.get("weight"),
-        given.get("bias"),
-        given.get("training", False),
-        given.get("momentum", 0.1),
-        given.get("eps", 1e-5),
-    )
-    return found if isinstance(found.z, fx.Node) else None
+    mean, var, gamma, beta = (given.get(k) for k in ("running_mean", "running_var", "weight", "bias"))
+    training, momentum, eps = given.get("training", False), given.get("momentum", 0.1), given.get("eps", 1e-5)
+    vectors = (mean, var, gamma, beta)
+
+    def call(name: str | None, residual: fx.Node | None) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        if training:
+            return torch_training(eps, name), (given["input"], *vectors, momentum, residual)
+        return torch_inference(eps, name), (given["input"], *vectors, residual)
+
+    reason = ""
+    if type(training) is not bool or not isinstance(eps, (int, float)):
+        reason = "its arguments are computed"
+    elif not training and (mean is None or var is None):
+        reason = "it has no running statistics"
+    return Norm(given["input"], vectors, (mean, var) if training else (), True, reason, call)
+
+
+def _of_ours(node: fx.Node) -> Norm:
+    """Read a step of our own operator: z, gamma, beta, residual, what else, and its options last."""
+    z, gamma, beta, own_residual, *rest, options = node.args
+    made = _built(options)
+    if not isinstance(made, Options):
+        return Norm(
+            z, tuple(node.args), tuple(node.args), False, "its options are computed", lambda *_: (None, ())
+        )  # type: ignore[arg-type, return-value]
+    step: Any = node.target
+    training = step is train_step
+    buffers = tuple(leaf for term in rest for leaf in _leaves(term))
+    mask = rest[0] if training else rest[2]
+
+    def call(name: str | None, residual: fx.Node | None) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        joined = made._replace(activation=name or made.activation)
+        return ours(step, joined), (z, gamma, beta, own_residual if residual is None else residual, *rest)
+
+    joins = own_residual is None and made.activation is None and mask is None
+    return Norm(z, (gamma, beta, own_residual, *buffers), buffers if training else (), joins, "", call)  # type: ignore[arg-type]
+
+
+def _built(node: Any) -> Any:
+    """A named tuple of constants that a graph builds."""
+    if not isinstance(node, fx.Node) or node.target is not Options:
+        return node
+    computed = any(isinstance(a, fx.Node) for a in (*node.args, *node.kwargs.values()))
+    return node if computed else Options(*node.args, **node.kwargs)  # type: ignore[arg-type]
+
+
+def _leaves(term: Any) -> Iterator[fx.Node]:
+    """Tensors of a named tuple that a graph builds."""
+    if isinstance(term, fx.Node):
+        if term.op == "call_function" and term.target is Tracking:
+            yield from (a for a in term.args if isinstance(a, fx.Node))
+        else:
+            yield term
 
 
 def activation(node: fx.Node) -> str | None:
@@ -93,7 +169,9 @@ def activation(node: fx.Node) -> str | None:
     name = _ACTIVATIONS.get(node.target)
     if name is None:
         return None
-    given = arguments(node, _NAMES.get(name, ()) if node.target in (F.hardtanh_, F.leaky_relu, F.leaky_relu_) else ())
+    given = arguments(
+        node, _NAMES.get(name, ()) if node.target in (F.hardtanh_, F.leaky_relu, F.leaky_relu_) else ()
+    )
     if name == "hardtanh":
         low, high = given.get("min_val", -1.0), given.get("max_val", 1.0)
         return "relu6" if (low, high) == (0, 6) else None
@@ -104,6 +182,11 @@ def activation(node: fx.Node) -> str | None:
     if given.get("out") is not None:
         return None
     return name
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether a step adds two values."""
+    return node.op in ("call_function", "call_method") and node.target in _SUMS
 
 
 def added_to(node: fx.Node, term: fx.Node) -> fx.Node | None:
@@ -121,7 +204,7 @@ def added_to(node: fx.Node, term: fx.Node) -> fx.Node | None:
     torch.fx.Node or None
         The other; None where the step is none such, or writes into the other.
     """
-    if node.op not in ("call_function", "call_method") or node.target not in _SUMS:
+    if not is_sum(node):
         return None
     if len(node.args) != 2 or any(v is not None and v != 1 for v in node.kwargs.values()):
         return None

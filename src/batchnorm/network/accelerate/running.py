@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace
 
-from batchnorm.network.accelerate.told import Graph, rows
-from batchnorm.network.record import Row
+from batchnorm.compiling import MARK
+from batchnorm.network.accelerate.told import TOOL, Graph, first_line, rows
+from batchnorm.network.record import LEFT_ALONE, Row
 
 
 class Accelerated:
@@ -30,22 +31,38 @@ class Accelerated:
 
     def __init__(self, model: nn.Module, compiled: Compiled) -> None:
         self.model, self.compiled = model, compiled
+        self.given_up = ""
         compiled.models.add(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if stands_aside():
+        if self.given_up or stands_aside():
             return self.model._call_impl(*args, **kwargs)
         compiled = self.compiled
         seen, began = compiled.events, time.perf_counter()
         try:
             return compiled.run(self.model, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if not compiled.is_of_whole_call(error):
+                # a part has run, and must not run again
+                raise error.__cause__ or error from None
+            failure = error
         finally:
             if compiled.events != seen:
                 compiled.settle(time.perf_counter() - began)
+        # what is wrong with the call, the plain model says in its own words
+        result = self.model._call_impl(*args, **kwargs)
+        self.given_up = f"Dynamo cannot follow it: {first_line(str(failure))}"
+        warnings.warn(
+            f"accelerate: {compiled.name} runs as plain torch from now on. {self.given_up}", stacklevel=2
+        )
+        return result
 
     def rows(self) -> list[Row]:
         """What the compiler told so far, for a record."""
-        return rows(self.compiled.graphs, self.compiled.recompiled, self.compiled.seconds)
+        told = rows(self.compiled.graphs, self.compiled.recompiled, self.compiled.seconds)
+        if self.given_up:
+            told.append(Row("", type(self.model).__name__, LEFT_ALONE, "", self.given_up, TOOL))
+        return told
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy of the model is the plain one
@@ -106,6 +123,7 @@ class Compiled:
             self.events += 1
             return run
 
+        setattr(batchnorm, MARK, True)
         # a code object of their own, for Dynamo counts what it compiles by code, over all models of a process
         code = _call.__code__.replace(co_name=f"accelerated_{self.name}")
         call = types.FunctionType(code, _call.__globals__)
@@ -115,8 +133,13 @@ class Compiled:
             return _dynamo.optimize(batchnorm, guard_fail_fn=self._failed)(call)
 
     def _failed(self, failure: Any) -> None:
-        self._failures.append((failure.orig_code, failure.reason))
+        self._failures.append((failure.orig_code, _shortened(failure.reason)))
         self.events += 1
+
+    def is_of_whole_call(self, error: Any) -> bool:
+        """Whether Dynamo failed on the call as a whole, so that nothing has run, rather than on a part of it."""
+        stack = getattr(error, "real_stack", None)
+        return bool(stack) and stack[0].name == f"accelerated_{self.name}"
 
     def settle(self, seconds: float) -> None:
         """Take note of what happened in a call that compiled, or would have.
@@ -137,12 +160,17 @@ class Compiled:
             name = f"torch._dynamo.config.{limit}"
             value = getattr(torch._dynamo.config, limit)
             warnings.warn(
-                f"accelerate: {code.co_name} of {self.name} was compiled {len(reasons)} times, and changed again: from "
-                f"now on what is new runs as plain torch. The limit is {name} = {value}; raise it by assigning "
-                f"a larger number before the first call. What changed last: {reasons[-1]}",
+                f"accelerate: {code.co_name} of {self.name} was compiled {len(reasons)} times, and changed "
+                f"again: from now on what is new runs as plain torch. The limit is {name} = {value}; raise it by "
+                f"assigning a larger number before the first call. What changed last: {reasons[-1]}",
                 stacklevel=3,
             )
             self.recompiled.append(f"none any more, for {name} = {value} is reached")
+
+
+def _shortened(reason: str) -> str:
+    """The guard that failed, without its number, its place in torch, and the stack."""
+    return reason.splitlines()[0].split("  #")[0].partition(": ")[2].strip() or reason
 
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +215,11 @@ def _looks(model: nn.Module) -> tuple[Any, ...]:
         (
             path,
             type(m),
-            tuple((k, v) for k, v in vars(m).items() if type(v) in plain and k not in ("training", "_is_full_backward_hook")),
+            tuple(
+                (k, v)
+                for k, v in vars(m).items()
+                if type(v) in plain and k not in ("training", "_is_full_backward_hook")
+            ),
             tuple(
                 (k, t if t is None else (tuple(t.shape), t.dtype, t.device))
                 for table in (m._parameters, m._buffers)

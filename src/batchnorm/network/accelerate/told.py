@@ -96,10 +96,17 @@ def rows(graphs: list[Graph], recompiled: list[str], seconds: float) -> list[Row
     for norms in latest.values():
         # a norm called more than once: the call with the most in it
         norm = max(norms, key=lambda n: len(n.parts))
-        found.append(Row(norm.where, norm.kind, "called" if norm.parts else LEFT_ALONE, str(norm), norm.reason, TOOL))
+        found.append(
+            Row(norm.where, norm.kind, "called" if norm.parts else LEFT_ALONE, str(norm), norm.reason, TOOL)
+        )
     for reason in dict.fromkeys(recompiled):
         found.append(Row("", "Dynamo", "compiled anew", "", reason, TOOL))
     return found
+
+
+def first_line(text: str) -> str:
+    """The first line of a message that has something in it."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def _number(n: int, what: str) -> str:

@@ -146,7 +146,10 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _largest(tensors: Any) -> float:
-    return max((float(t.detach().double().abs().nan_to_num(0, 0, 0).max()) for t in tensors if t.numel()), default=0.0)
+    return max(
+        (float(t.detach().double().abs().nan_to_num(0, 0, 0).max()) for t in tensors if t.numel()),
+        default=0.0,
+    )
 
 
 def _too_far(got: Tensor, plain: Tensor, exact: Tensor, scale: float) -> str:
