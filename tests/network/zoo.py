@@ -675,8 +675,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"({t.__version__}), made small, with random weights, running statistics, gamma and beta. "
         "Each went through `accelerate` and through `fold`, and was compared with itself as given.",
         "",
-        "- **norms**: batch norms of `torch.nn` found; **+ n frozen**: lookalikes with four buffers, which `fold` folds "
-        "and `accelerate` leaves, for Dynamo shows their arithmetic and no batch norm.",
+        "- **norms**: batch norms of `torch.nn` found; **+ n frozen**: lookalikes with four buffers, which `fold` "
+        "folds and `accelerate` leaves, for Dynamo shows their arithmetic and no batch norm.",
         "- **pairs**: activations that, in a real run, stand behind a norm, or behind a sum with a norm's output; "
         "**in one call**: of these, called together with their norm after `accelerate`; **sums**: residual sums that "
         "are part of such a call.",

@@ -1,7 +1,7 @@
 """Activation checkpointing inside a graph, run as torch runs it outside of one.
 
-Dynamo makes a checkpointed piece a graph of its own, whose inputs are all that it reads, buffers among them. Run as it
-is, torch's checkpoint keeps those inputs, and refuses the backward where the piece has changed one: a norm's counter.
+Dynamo makes a checkpointed piece a graph of its own, whose inputs are all that it reads, buffers among them. Run as
+it is, torch's checkpoint keeps those inputs, and refuses the backward where the piece changed one: a norm's counter.
 """
 
 from __future__ import annotations
