@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -20,3 +22,24 @@ hypothesis.settings.load_profile("batchnorm")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+_DIGITS = "torch's statistics lose digits where the mean is large against the deviation"
+_ROUNDS = "torch rounds half precision after every operation, so a kink or the last bit may differ"
+EXEMPT = {
+    "test_m7_a_bias_before_the_layer_has_no_effect_and_no_gradient": _DIGITS,
+    "test_a_mean_a_million_times_the_deviation": _DIGITS,
+    "test_a_large_constant_comes_out_as_beta": _DIGITS,
+    "test_the_same_bits_for_every_number_of_threads": "torch's own sums depend on the number of threads on a CPU",
+    "test_every_path_rounds_once_at_the_end[{'residual': True}-torch.bfloat16]": _ROUNDS,
+    "test_options_compose[5]": _ROUNDS,
+    "test_options_compose[33]": _ROUNDS,
+}
+"""Tests of what the engine `torch` does not promise; left out where BATCHNORM_ENGINE=torch."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("BATCHNORM_ENGINE") == "torch":
+        for item in items:
+            if item.name in EXEMPT:
+                item.add_marker(pytest.mark.skip(reason=EXEMPT[item.name]))

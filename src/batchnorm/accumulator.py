@@ -26,7 +26,12 @@ class _Pool:
     def add(self, count: int | Tensor, mean: Tensor, var: Tensor) -> None:
         with torch.no_grad():
             dtype = self.mean.dtype
-            counts = torch.as_tensor(count, device=mean.device).to(dtype).expand(mean.shape)
+            # filled on the device: a copy of a number from the host would be waited for
+            counts = (
+                count.to(dtype)
+                if isinstance(count, Tensor)
+                else torch.full((), count, dtype=dtype, device=mean.device)
+            ).expand(mean.shape)
             keep = counts > 0
             if self.tracking.skip_nonfinite:
                 finite = torch.isfinite(mean) & torch.isfinite(var)

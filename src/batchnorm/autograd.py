@@ -1,6 +1,9 @@
 """The differentiable operator: how one batch gets from the engines' operations into torch's graph.
 
-There are three ways into the same formulas, and `normalize_batch` / `normalize_population` choose:
+There are four ways into the same formulas, and `normalize_batch` / `normalize_population` choose:
+
+- **torch's own**, in eager and in compiled graphs, where the engine `torch` serves and there is neither mask nor
+  pooling: torch's batch norm with what is ours around it (`batchnorm.kernels.torch`), differentiated by torch.
 
 - **eager**: an ``autograd.Function`` that calls the engine directly: its fused pair, or its slots
   (`batchnorm.steps`) where a mask or a pooling takes part. Running statistics move inside the fused call.
@@ -24,9 +27,10 @@ from torch.nn import functional as F
 
 from batchnorm import operators, steps
 from batchnorm.kernels import aten
+from batchnorm.kernels import torch as own
 from batchnorm.kernels.activations import activate
 from batchnorm.kernels.contract import Engine, Moments, Norm
-from batchnorm.kernels.select import select
+from batchnorm.kernels.select import by_torch, select
 from batchnorm.layout import values_per_channel
 from batchnorm.population import Tracking
 from batchnorm.recording import Sink, tell
@@ -43,6 +47,29 @@ def observed(z: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def _seen_by_torch(z: Tensor) -> bool:
+    """Whether torch's own batch norm serves, and no transform is at work that knows no statistics written inside."""
+    if torch.compiler.is_compiling():
+        return by_torch(z)
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return by_torch(z) and not transformed
+
+
+def _train_by_torch(z: Tensor, norm: Norm, tracking: Tracking | Sink | None) -> Tensor:
+    """Normalize with torch's own batch norm, and move or tell the statistics."""
+    y, mean, unbiased = own.train(z, norm)
+    if tracking is None:
+        return y
+    m = values_per_channel(z.shape, norm.axis)
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    count = operators.first_time(mean, m) if compiled else m
+    if isinstance(tracking, Tracking):
+        tell(tracking, [(count, mean, unbiased)], unbiased=True)
+    else:
+        tracking(count, mean, unbiased * ((m - 1) / m))
+    return y
 
 
 def _record(tracking: Tracking | Sink | None, count: int | Tensor, mean: Tensor, var: Tensor) -> None:
@@ -258,6 +285,8 @@ def normalize_batch(
     Tensor
         Of the shape, dtype and memory format of ``z``.
     """
+    if mask is None and between is None and _seen_by_torch(z):
+        return _train_by_torch(z, norm, tracking)
     if torch.compiler.is_compiling():
         operator = operators.training if between is None else between.operator
         y, count, mean, var = operator(z, norm, mask, fallback)
@@ -302,6 +331,12 @@ def normalize_population(
         y = y if axis == 1 else y.movedim(1, axis)
         y = activate(y if residual is None else y + residual, activation)
         return y if mask is None else torch.where(mask, y, 0)
+    if mask is None and _seen_by_torch(z):
+        if _recorded(z, norm):
+            # copies: the live buffers may move before the backward comes
+            mean, var = torch.stack((mean, var)).unbind()
+        y = own.infer(z, norm, mean, var)
+        return z.copy_(y) if inplace else y
     if observed(z) or (residual is not None and residual.is_neg()):
         wide = aten.compute_dtype(z)
         return _composite(z, norm, Moments(mean, (var.to(wide) + eps).rsqrt()), mask)

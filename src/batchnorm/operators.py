@@ -37,6 +37,7 @@ _library.define(
 )
 _library.define("check_finite(Tensor count, Tensor mean, Tensor var) -> (Tensor, Tensor, Tensor)")
 _library.define("check_count(Tensor count) -> Tensor")
+_library.define("first_time(Tensor like, SymInt count) -> Tensor")
 
 
 def recomputing() -> bool:
@@ -200,11 +201,17 @@ def _check_count(count: Tensor) -> Tensor:
     return count.clone()
 
 
+def _first_time(like: Tensor, count: int) -> Tensor:
+    # filled on the device: a copy of a number from the host would be waited for
+    return torch.full((), 0 if recomputing() else count, dtype=torch.long, device=like.device)
+
+
 for _name, _function in (
     ("training", _training),
     ("training_backward", _training_backward),
     ("check_finite", _check_finite),
     ("check_count", _check_count),
+    ("first_time", _first_time),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 torch.library.register_fake("batchnorm::training", _training_fake, lib=_library)
@@ -213,6 +220,9 @@ torch.library.register_fake(
     "batchnorm::check_finite", lambda *told: tuple(torch.empty_like(t) for t in told), lib=_library
 )
 torch.library.register_fake("batchnorm::check_count", torch.empty_like, lib=_library)
+torch.library.register_fake(
+    "batchnorm::first_time", lambda like, count: like.new_empty((), dtype=torch.long), lib=_library
+)
 torch.library.register_vmap(
     "batchnorm::check_count", lambda info, dims, count: (_check_count(count), dims[0]), lib=_library
 )
@@ -288,3 +298,22 @@ def check_count(count: Tensor) -> Tensor:
         ``count``: use it, for in a graph only what comes out of the check waits for it.
     """
     return torch.ops.batchnorm.check_count(count)
+
+
+def first_time(like: Tensor, count: int) -> Tensor:
+    """Give a count on the device; or 0, where a checkpoint runs the graph that asks a second time.
+
+    Parameters
+    ----------
+    like : Tensor
+        Its device is the count's.
+    count : int
+        Values per channel m.
+
+    Returns
+    -------
+    Tensor of int64, shape ()
+        What to move running statistics by. The question is asked when the graph runs; a graph that an accelerator
+        has captured and replays repeats the answer it had.
+    """
+    return torch.ops.batchnorm.first_time(like, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,10 +54,13 @@ def _no_grad() -> AbstractContextManager:
     return nullcontext() if torch.compiler.is_compiling() else torch.no_grad()
 
 
-def commit(tracking: Tracking, count: int | Tensor, mean: Tensor, var: Tensor) -> None:
+def commit(
+    tracking: Tracking, count: int | Tensor, mean: Tensor, var: Tensor, unbiased: bool = False
+) -> None:
     """Move running statistics toward those of one batch, in place.
 
-    Written without a branch on values, so that a compiler can follow it.
+    Written without a branch on values, so that a compiler can follow it and no device is waited for. A count that
+    is a Python number stays one: made a tensor, it would be copied to the device, and the host would wait.
 
     Parameters
     ----------
@@ -66,38 +69,53 @@ def commit(tracking: Tracking, count: int | Tensor, mean: Tensor, var: Tensor) -
     count : int or Tensor, shape () or (C,)
         Values per channel m. A channel with fewer than two stays as it is.
     mean, var : Tensor, shape (C,)
-        The batch's mean and variance (divisor m).
+        The batch's mean and variance.
+    unbiased : bool, default False
+        Whether the variance has divisor m - 1; else it has m.
     """
     running_mean, running_var = tracking.running_mean, tracking.running_var
+    known = not isinstance(count, Tensor)
+    if known and not torch.compiler.is_compiling() and count < 2:
+        return
     with _no_grad():
         mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
-        counts = torch.as_tensor(count, device=mean.device)
-        batch_counts = counts > 1
-        moves = batch_counts.expand(mean.shape)
+        enough: Any = count > 1
+        still: Tensor | None = None if known else ~enough.expand(mean.shape)
         if tracking.skip_nonfinite:
-            finite = torch.isfinite(mean) & torch.isfinite(var)
-            skipped = batch_counts & ~finite
-            moves = batch_counts & finite
+            # infinity and NaN differ from 0 when taken from themselves; a mean that is either spoils its variance
+            bad = (var - var) != 0
+            skipped = bad if known else bad & enough
             if tracking.skipped_channels is not None:
                 tracking.skipped_channels.add_(skipped)
             if tracking.num_batches_skipped is not None:
                 tracking.num_batches_skipped.add_(skipped.any())
+            still = bad if known else bad | still
         if tracking.num_batches_tracked is not None:
-            tracking.num_batches_tracked.add_(batch_counts.any())
-        if tracking.correction:
-            m = counts.to(var.dtype)
-            var = var * (m / (m - 1).clamp(min=1))
+            tracking.num_batches_tracked.add_(1 if known else enough.any())
+        if tracking.correction and not unbiased:
+            m = count if known else count.to(var.dtype)
+            var = var * (m / (m - 1) if known else m / (m - 1).clamp(min=1))
+        elif unbiased and not tracking.correction:
+            m = count if known else count.to(var.dtype)
+            var = var * ((m - 1) / m if known else (m - 1) / m.clamp(min=1))
         weight: float | Tensor
         if tracking.momentum is not None:
             weight = tracking.momentum
         else:
             counted = tracking.num_batches_tracked
-            seen = torch.ones_like(counts) if counted is None else counted
+            seen = torch.ones_like(mean) if counted is None else counted
             if tracking.skipped_channels is not None:
                 seen = seen - tracking.skipped_channels
             weight = 1 / seen.clamp(min=1).to(mean.dtype)
-        for running, batch in ((running_mean, mean), (running_var, var)):
-            running.copy_(torch.where(moves, running * (1 - weight) + batch * weight, running))
+        moved = [running_mean, running_var]
+        batch = [mean, var]
+        if still is not None:
+            batch = [torch.where(still, old, new) for old, new in zip(moved, batch, strict=True)]
+        if torch.compiler.is_compiling() or isinstance(weight, Tensor):
+            for old, new in zip(moved, batch, strict=True):
+                old.lerp_(new, weight)
+        else:
+            torch._foreach_lerp_(moved, batch, weight)  # one launch
 
 
 def count_empty(tracking: Tracking, empty: int | Tensor = 1) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -21,7 +20,11 @@ Sink = Callable[[int | Tensor, Tensor, Tensor], None]
 
 
 def tell(
-    tracking: Tracking | Sink | None, told: list[Told], refuse: bool = False, pooled: bool = False
+    tracking: Tracking | Sink | None,
+    told: list[Told],
+    refuse: bool = False,
+    pooled: bool = False,
+    unbiased: bool = False,
 ) -> None:
     """Move running statistics by several batches, in order; or, on an error, by none of them.
 
@@ -35,29 +38,34 @@ def tell(
         Raise `NonFiniteError` where a batch is not finite.
     pooled : bool, default False
         Whether a batch may turn out to have no value on any rank; it is then counted as an empty one.
+    unbiased : bool, default False
+        Whether the variances have divisor m - 1; only for a Tracking.
     """
     if torch.compiler.is_compiling():
-        _hand_over(tracking, check_finite(told) if refuse else told, pooled)
+        _hand_over(tracking, check_finite(told) if refuse else told, pooled, unbiased)
         return
     mode = _get_current_dispatch_mode()
     if mode is not None and type(mode).__module__ == "torch.utils.checkpoint":
         # a selective checkpoint counts operations, and the re-run will have none of these
         with _pop_mode_temporarily():
-            tell(tracking, told, refuse, pooled)
+            tell(tracking, told, refuse, pooled, unbiased)
         return
-    with outside() if told and transforming(told[0][1]) else nullcontext():
+    if not told or not transforming(told[0][1]):
+        _hand_over(tracking, check_finite(told) if refuse else told, pooled, unbiased)
+        return
+    with outside():
         every = list(examples(tracking, told))
         if refuse:
             for _, parts in every:
                 check_finite(parts)
         for buffers, parts in every:
-            _hand_over(buffers, parts, pooled)
+            _hand_over(buffers, parts, pooled, unbiased)
 
 
-def _hand_over(tracking: Tracking | Sink | None, told: list[Told], pooled: bool) -> None:
+def _hand_over(tracking: Tracking | Sink | None, told: list[Told], pooled: bool, unbiased: bool) -> None:
     for part in told:
         if isinstance(tracking, Tracking):
-            commit(tracking, *part)
+            commit(tracking, *part, unbiased=unbiased)
             if pooled:
                 count_empty(tracking, torch.as_tensor(part[0] == 0))
         elif tracking is not None:

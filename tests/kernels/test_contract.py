@@ -21,6 +21,7 @@ from torch import Tensor
 from batchnorm import reference
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import aten, cpu
+from batchnorm.kernels import torch as own
 from batchnorm.kernels.activations import ACTIVATIONS, PIECEWISE_LINEAR
 from batchnorm.kernels.contract import Engine, Moments, Norm
 from batchnorm.population import Tracking, commit
@@ -34,10 +35,19 @@ ROUNDING = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8,
 CORES = [f"cpu-{isa}{caches}" for isa in ISAS for caches in ("", "-small_caches")]
 
 
-@pytest.fixture(params=["aten", *CORES], scope="module")
+ACCURACY = "torch's statistics lose digits, and range, where the mean or the values are extreme"
+EXEMPT = {
+    ("torch", "test_a_large_mean_costs_no_more_than_rounding_of_the_mean"): ACCURACY,
+    ("torch", "test_a_constant_input_gives_beta"): ACCURACY,
+    ("torch", "test_extreme_magnitudes_stay_in_range"): ACCURACY,
+}
+"""What an engine does not promise, by name and with the reason; docs/gpu.md says the same."""
+
+
+@pytest.fixture(params=["aten", "torch", *CORES], scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    if request.param == "aten":
-        yield aten.engine
+    if request.param in ("aten", "torch"):
+        yield {"aten": aten.engine, "torch": own.engine}[request.param]
         return
     before = cpu._core.isa()
     _, isa, *small = request.param.split("-")
@@ -47,6 +57,20 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     yield cpu.engine
     cpu._core.pretend_cache(0, 0)
     cpu._core.select_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _exempt(request: pytest.FixtureRequest) -> None:
+    params = getattr(request.node, "callspec", None)
+    reason = EXEMPT.get((params and params.params.get("engine"), request.node.originalname))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def _rounds_once(engine: Engine, case: Case) -> None:
+    # in half precision torch rounds after the normalization, after the addition and after the activation
+    half = case.z.dtype in (torch.bfloat16, torch.float16)
+    assume(engine.name != "torch" or not half or (case.activation is None and case.residual is None))
 
 
 def _backward_norm(norm: Norm) -> Norm:
@@ -151,6 +175,7 @@ EPS = 1e-3
 @given(case=cases(rows=2))
 def test_forward_and_backward_agree_with_reference(engine: Engine, case: Case) -> None:
     _off_the_kinks(case, EPS)
+    _rounds_once(engine, case)
     z, axis, acc, dtype = case.z, case.axis, case.acc, case.z.dtype
     y, mean, var, inv_std, saved = engine.forward(z, case.norm, None)
     moments, after = Moments(mean, inv_std), _backward_norm(case.norm)
@@ -188,6 +213,7 @@ def test_forward_and_backward_agree_with_reference(engine: Engine, case: Case) -
 @settings(max_examples=40)
 @given(case=cases(), in_place=st.booleans())
 def test_inference_agrees_with_reference(engine: Engine, case: Case, in_place: bool) -> None:
+    _rounds_once(engine, case)
     z, axis, acc = case.z, case.axis, case.acc
     c = z.shape[axis]
     mean, var = torch.linspace(-1, 1, c, dtype=acc), torch.linspace(0.5, 2, c, dtype=acc)
@@ -224,6 +250,7 @@ def test_inference_agrees_with_reference(engine: Engine, case: Case, in_place: b
 def test_the_parts_make_the_whole(engine: Engine, case: Case) -> None:
     """Statistics, normalization and the two halves of the backward give what the fused calls give."""
     _off_the_kinks(case, EPS)
+    _rounds_once(engine, case)
     z, axis = case.z, case.axis
     y, mean, var, inv_std, saved = engine.forward(z, case.norm, None)
     moments, after = Moments(mean, inv_std), _backward_norm(case.norm)
@@ -307,6 +334,7 @@ def test_statistics_and_sums_in_float64_are_not_rounded(engine: Engine, case: Ca
 def test_a_masked_value_never_matters_and_0_comes_out_of_it(
     engine: Engine, case: Case, fill: float, seed: int, data: st.DataObject
 ) -> None:
+    _rounds_once(engine, case)
     z, axis, norm = case.z, case.axis, case.norm
     c = z.shape[axis]
     spread = [1 if a == axis else n for a, n in enumerate(z.shape)]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import aten, cpu
+from batchnorm.kernels import torch as own
 from batchnorm.kernels.contract import Engine
 
-ENGINES: dict[str, Engine | None] = {"cpu": cpu.engine, "aten": aten.engine}
+ENGINES: dict[str, Engine | None] = {"cpu": cpu.engine, "aten": aten.engine, "torch": own.engine}
 """Engines by name; None where one was not built."""
 
 
@@ -46,6 +47,8 @@ def select(z: Tensor) -> Engine:
     """
     if _override is not None:
         return _override
+    if by_torch(z):
+        return own.engine
     if (
         cpu.engine is not None
         and z.is_cpu
@@ -55,6 +58,22 @@ def select(z: Tensor) -> Engine:
     ):
         return cpu.engine
     return aten.engine
+
+
+def by_torch(z: Tensor) -> bool:
+    """Whether torch's own batch norm serves a tensor, as operations that torch differentiates and compilers see.
+
+    Parameters
+    ----------
+    z : Tensor
+        The input of batch normalization.
+
+    Returns
+    -------
+    bool
+        ``select(z)`` is the engine `torch`, asked in a way that a compiler can follow.
+    """
+    return not (z.is_cpu or z.is_meta) if _override is None else _override is own.engine
 
 
 def reason(z: Tensor) -> str:
@@ -73,7 +92,7 @@ def reason(z: Tensor) -> str:
     if _override is not None:
         return f"{_override.name}: forced"
     if z.device.type != "cpu":
-        return f"aten: no kernel of ours for device {z.device.type!r} yet"
+        return "torch: torch's own batch norm, with our guard around it"
     if cpu.engine is None:
         return f"aten: the C++ core is not there ({cpu.absence})"
     if z.dtype not in cpu.DTYPES:

@@ -1,0 +1,204 @@
+"""The engine of torch's own batch norm: every device but the CPU, in eager and inside compiled graphs.
+
+torch's kernels (cuDNN, MIOpen, native, MPS, XPU) normalize and take the statistics; what is ours is what stands
+around them: the guard of the running statistics, the residual and the activation. `train` and `infer` are the
+operator as torch differentiates it, so that what is saved and which backward runs are torch.nn's by construction.
+The slots of `Engine` serve where statistics are pooled over ranks or masked, and where engines are compared.
+
+Statistics have the accuracy of torch's kernels: they lose digits where the mean is more than about 1e4 deviations
+away from zero. ``BATCHNORM_ENGINE=aten`` keeps them there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchnorm.kernels import aten
+from batchnorm.kernels.activations import ACTIVATIONS, LEAKY_SLOPE, activate
+from batchnorm.kernels.contract import Backward, Forward, Moments, Norm
+from batchnorm.layout import values_per_channel
+from batchnorm.population import Tracking, commit
+
+# those whose backward looks at the output, so that the input may be overwritten
+_IN_PLACE = {
+    "relu": torch.relu_,
+    "relu6": lambda u: F.hardtanh_(u, 0.0, 6.0),
+    "leaky_relu": lambda u: F.leaky_relu_(u, LEAKY_SLOPE),
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
+
+
+def _to_kernel(t: Tensor, axis: int) -> Tensor:
+    """View a tensor with its channels where torch's fast kernels look for them.
+
+    Channels that are neighbours in memory and that torch knows no memory format for, as in (N, L, C), become the
+    second axis of a matrix.
+    """
+    if t.dim() == 2:
+        return t
+    if axis == t.dim() - 1:
+        return t.reshape(-1, t.shape[-1])
+    if axis == 1:
+        if t.dim() == 3 and t.shape[1] > 1 and t.stride(1) == 1:
+            return t.movedim(1, -1).reshape(-1, t.shape[1])
+        return t
+    return t.movedim(axis, 1)
+
+
+def _from_kernel(t: Tensor, like: Tensor, axis: int) -> Tensor:
+    """The inverse of `_to_kernel`, for a tensor of the shape of ``like``."""
+    if t.dim() == 2 and like.dim() > 2:
+        moved = (*like.shape[:axis], *like.shape[axis + 1 :], like.shape[axis])
+        return t.view(moved).movedim(-1, axis)
+    return t if axis == 1 else t.movedim(1, axis)
+
+
+def _vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return v if v is None or v.dtype is dtype else v.to(dtype)
+
+
+def _normalized(
+    z: Tensor, norm: Norm, mean: Tensor, var: Tensor, training: bool, momentum: float, in_place: bool
+) -> Tensor:
+    dtype = aten.vector_dtype(z)
+    u = torch.batch_norm(
+        _to_kernel(z, norm.axis), _vector(norm.gamma, dtype), _vector(norm.beta, dtype), mean, var, training,
+        momentum, norm.eps, torch.backends.cudnn.enabled,
+    )  # fmt: skip
+    # torch's backward of batch norm reads its input, never its output, which may be overwritten
+    if norm.residual is not None:
+        added = _to_kernel(norm.residual, norm.axis)
+        if u.dim() != added.dim():
+            u = _from_kernel(u, z, norm.axis) + norm.residual
+            return activate(u, norm.activation)
+        u = u.add_(added) if in_place else u + added
+    if norm.activation is not None:
+        change = _IN_PLACE.get(norm.activation) if in_place else None
+        u = activate(u, norm.activation) if change is None else change(u)
+    return _from_kernel(u, z, norm.axis)
+
+
+def train(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize with the batch's own statistics, as torch differentiates it.
+
+    Parameters
+    ----------
+    z : Tensor
+        Input, at least two values per channel.
+    norm : Norm
+        What is done with it.
+
+    Returns
+    -------
+    y : Tensor
+        Of the shape and dtype of ``z``.
+    mean, var : Tensor, shape (C,)
+        The batch's statistics; the variance has divisor m - 1. Not to be written to: the backward keeps them.
+    """
+    # momentum 1 into zeros is the batch's statistics; into whatever memory held, a NaN would stay a NaN
+    mean, var = torch.zeros((2, z.shape[norm.axis]), dtype=aten.vector_dtype(z), device=z.device).unbind()
+    in_place = not torch.compiler.is_compiling()
+    return _normalized(z, norm, mean, var, True, 1.0, in_place), mean, var
+
+
+def infer(z: Tensor, norm: Norm, mean: Tensor, var: Tensor) -> Tensor:
+    """Normalize with population statistics, as torch differentiates it.
+
+    Parameters
+    ----------
+    z, norm
+        As for `train`.
+    mean, var : Tensor, shape (C,)
+        Population statistics, which are constants. Where a gradient is recorded the backward keeps them.
+
+    Returns
+    -------
+    Tensor
+        Of the shape and dtype of ``z``.
+    """
+    dtype = aten.vector_dtype(z)
+    in_place = not torch.compiler.is_compiling()
+    return _normalized(z, norm, mean.to(dtype), var.to(dtype), False, 0.0, in_place)
+
+
+class TorchEngine(aten.AtenEngine):
+    """`Engine` of torch's own batch norm; masks and pooled sums go by composed operations, as in `aten`."""
+
+    name = "torch"
+
+    def normalize(
+        self,
+        z: Tensor,
+        norm: Norm,
+        moments: Moments,
+        *,
+        mask: Tensor | None = None,
+        out: Tensor | None = None,
+        save: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if mask is not None or not z.numel():
+            return super().normalize(z, norm, moments, mask=mask, out=out, save=save)
+        # torch takes a variance and an eps: the root of 1 / inv_std^2 is inv_std again, to its last digit
+        exact = aten.exact_dtype(z.device)
+        u = infer(z, norm._replace(activation=None, eps=0.0), moments.mean, moments.inv_std.to(exact) ** -2)
+        return _finished(z, u, norm, out, save)
+
+    def infer(self, z: Tensor, norm: Norm, mean: Tensor, var: Tensor, out: Tensor | None = None) -> Tensor:
+        return _given(z, infer(z, norm, mean, var), out)
+
+    def forward(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> Forward:
+        m = values_per_channel(z.shape, norm.axis)
+        u, mean, unbiased = train(z, norm._replace(activation=None))
+        var = unbiased * ((m - 1) / m)
+        if tracking is not None:
+            commit(tracking, m, mean, unbiased, unbiased=True)
+        y, saved = _finished(z, u, norm, None, True)
+        return Forward(y, mean, var, aten.inverse_deviation(var, norm.eps, var.dtype), saved)
+
+    def backward(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        norm: Norm,
+        moments: Moments,
+        saved: Tensor | None,
+        training: bool,
+        with_residual: bool,
+    ) -> Backward:
+        if not z.numel():
+            return super().backward(dy, z, norm, moments, saved, training, with_residual)
+        du = self._derivative(dy, z, norm, moments, saved, None)[0].to(z.dtype)
+        dtype = aten.vector_dtype(z)
+        mean, inv_std = (v.to(dtype) for v in moments)
+        # as constants torch wants a variance beside an eps, here 0
+        constants = (None, None) if training else (mean, inv_std**-2)
+        dz, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+            _to_kernel(du, norm.axis), _to_kernel(z, norm.axis), _vector(norm.gamma, dtype), *constants, mean,
+            inv_std, training, 0.0, [True, True, True],
+        )  # fmt: skip
+        dz = _given(z, _from_kernel(dz, z, norm.axis), None)
+        return Backward(dz, dbeta.to(dtype), dgamma.to(dtype), _given(z, du, None) if with_residual else None)
+
+
+def _given(z: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+    """Give y in the memory format of z, or in ``out``."""
+    if out is not None:
+        return out.copy_(y)
+    result = torch.empty_like(z)
+    return y if y.stride() == result.stride() else result.copy_(y)
+
+
+def _finished(
+    z: Tensor, u: Tensor, norm: Norm, out: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Give y of u, and what the backward needs with it."""
+    saved = None
+    if save and norm.needs_saved:
+        saved = norm.residual if norm.saves_residual else ACTIVATIONS[norm.activation].side(u)  # type: ignore
+    return _given(z, activate(u, norm.activation), out), saved
+
+
+engine = TorchEngine()
