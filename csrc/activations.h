@@ -1,6 +1,6 @@
 // Activations as functors on packs: value, and gradient dy * activation'(u). The piecewise linear ones can also
 // say on which side of the kink u lies, one bit a lane, and give the gradient from that bit. NaN passes through.
-// Per instruction set, like simd.h.
+// Per instruction set, like simd/pack.h.
 #pragma once
 #include "functions.h"
 

@@ -45,6 +45,7 @@ class BackwardStep {
 
     bool reduces() const { return p.parts & reduction; }
     bool maps() const { return p.parts & input_gradient; }
+    void begin() const {}
     void end_of_thread() const {
         if (streams) k.fence();
     }

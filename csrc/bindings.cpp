@@ -293,11 +293,13 @@ NB_MODULE(_core, m) {
     m.def("runtime", [] { return std::string(team::runtime()); }, "Whose threads are used.");
     m.def("threads", &team::threads, "Threads that a call may use now.");
     m.def("pool_limit", &pool::set_limit, "bytes"_a, "Most bytes that may lie idle; 0 keeps none.");
+    m.def("pool_patience", &pool::set_patience, "seconds"_a, "For tests: how long a block may lie idle, 60 s.");
     m.def("pool_trim", &pool::trim, "Give every idle block back to the system.");
     m.def("pool_statistics", [] {
         const pool::Statistics s = pool::statistics();
         nb::dict d;
         d["limit"] = s.limit;
+        d["share"] = s.share;
         d["idle_bytes"] = s.idle_bytes;
         d["idle_blocks"] = s.idle_blocks;
         d["used_bytes"] = s.used_bytes;

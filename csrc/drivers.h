@@ -1,6 +1,8 @@
 // The order of the work: reduce every channel to two sums, finish it, map its elements; with as much of the data as
 // possible still in a cache when it is mapped. `Step` says what is computed (forward.cpp, backward.cpp), these say
 // when and by whom. Sums are taken by segments fixed by the shape and added in the order of the segments.
+//
+// All memory is taken before `step.begin()`: from there on nothing throws, and a call that fails has changed nothing.
 #pragma once
 #include <vector>
 #include "problem.h"
@@ -52,22 +54,34 @@ inline int64_t channels_together(const Planes &g, int64_t element, int inputs, i
 }
 
 template <class Step>
+std::vector<typename Step::Lanes> lanes_for(int threads, int64_t channels) {
+    std::vector<typename Step::Lanes> all;
+    all.reserve(static_cast<size_t>(threads));
+    for (int i = 0; i < threads; ++i) all.emplace_back(channels);
+    return all;
+}
+
+template <class Step>
 void run_planes(Step &step, const Planes &g, int64_t element, int threads) {
     const int64_t channel_bytes = g.n * g.s * element * Step::inputs, last = static_cast<int64_t>(cache().last);
     threads = useful_threads(threads, g.n * g.c * g.s);
 
     if (threads == 1 || (g.c >= 2 * threads && channel_bytes * threads <= last / 2)) {
         const int64_t group = channels_together(g, element, Step::inputs, threads), groups = (g.c + group - 1) / group;
-        const auto work = [&](const auto &take) {
-            typename Step::Lanes lanes(step.reduces() ? group : 0);
-            std::vector<Pair> total(static_cast<size_t>(group));
+        const int team = static_cast<int>(std::min<int64_t>(threads, groups));
+        auto all_lanes = lanes_for<Step>(step.reduces() ? team : 0, group);
+        const Array<Pair> totals = array<Pair>(step.reduces() ? team * group : 0);
+        step.begin();
+        const auto work = [&](int thread, const auto &take) {
+            Pair *const total = totals.get() + thread * group;
             for (int64_t i; (i = take()) < groups;) {
                 const int64_t c0 = i * group, c1 = std::min(g.c, c0 + group);
                 if (step.reduces()) {
                     step.look_at(g, c0, c1);
-                    std::fill(total.begin(), total.end(), Pair{});
-                    for (int64_t k = 0; k < g.segments; ++k) step.reduce_segment(g, c0, c1, k, lanes, total.data());
-                    for (int64_t c = c0; c < c1; ++c) step.finish(c, total[static_cast<size_t>(c - c0)]);
+                    std::fill(total, total + group, Pair{});
+                    for (int64_t k = 0; k < g.segments; ++k)
+                        step.reduce_segment(g, c0, c1, k, all_lanes[static_cast<size_t>(thread)], total);
+                    for (int64_t c = c0; c < c1; ++c) step.finish(c, total[c - c0]);
                 }
                 if (step.maps())  // backwards: what was read last is still near
                     for (int64_t u = g.units; u-- > 0;) {
@@ -78,31 +92,33 @@ void run_planes(Step &step, const Planes &g, int64_t element, int threads) {
             step.end_of_thread();
         };
         std::atomic<int64_t> next{0};
-        team::parallel(static_cast<int>(std::min<int64_t>(threads, groups)), [&](int, int) {
-            work([&] { return next.fetch_add(1, std::memory_order_relaxed); });
+        team::parallel(team, [&](int thread, int) {
+            work(thread, [&] { return next.fetch_add(1, std::memory_order_relaxed); });
         });
         return;
     }
 
     // few or large channels: the whole team on as many of them as the last-level cache holds
     const int64_t together = std::clamp<int64_t>(last / 2 / std::max<int64_t>(1, channel_bytes), 1, g.c);
-    std::vector<Pair> partial(static_cast<size_t>(together * g.segments));
+    const Array<Pair> partial = array<Pair>(step.reduces() ? together * g.segments : 0);
+    auto all_lanes = lanes_for<Step>(step.reduces() ? threads : 0, 1);
+    step.begin();
     for (int64_t c0 = 0; c0 < g.c; c0 += together) {
         const int64_t count = std::min(g.c - c0, together), work = count * g.segments;
         if (step.reduces()) {
             step.look_at(g, c0, c0 + count);
-            std::fill(partial.begin(), partial.end(), Pair{});
+            std::fill(partial.get(), partial.get() + together * g.segments, Pair{});
             std::atomic<int64_t> next{0};
-            team::parallel(threads, [&](int, int) {
-                typename Step::Lanes lanes(1);
+            team::parallel(threads, [&](int thread, int) {
+                typename Step::Lanes &lanes = all_lanes[static_cast<size_t>(thread)];
                 for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < work;) {
                     const int64_t c = c0 + i / g.segments;
-                    step.reduce_segment(g, c, c + 1, i % g.segments, lanes, &partial[static_cast<size_t>(i)]);
+                    step.reduce_segment(g, c, c + 1, i % g.segments, lanes, &partial[i]);
                 }
             });
             for (int64_t c = 0; c < count; ++c) {
                 Pair total;
-                for (int64_t k = 0; k < g.segments; ++k) total += partial[static_cast<size_t>(c * g.segments + k)];
+                for (int64_t k = 0; k < g.segments; ++k) total += partial[c * g.segments + k];
                 step.finish(c0 + c, total);
             }
         }
@@ -159,20 +175,24 @@ void run_columns(Step &step, const Columns &g, int64_t element, int threads) {
         const int64_t unit = std::lcm(g.s, int64_t{16}), units = (g.cols + unit - 1) / unit;
         const int64_t parts = g.repeated() ? 1 : std::clamp<int64_t>(threads / g.segments, 1, units);
         const int64_t width = (units + parts - 1) / parts * unit;
-        std::vector<Pair> partial(static_cast<size_t>(g.segments * g.c));
-        team::parallel(static_cast<int>(std::min<int64_t>(threads, g.segments * parts)), [&](int thread, int count) {
-            const Array<double> sums = array<double>(2 * std::min(width, g.cols));
+        const int team = static_cast<int>(std::min<int64_t>(threads, g.segments * parts));
+        const int64_t sums_each = 2 * std::min(width, g.cols);
+        const Array<Pair> partial = array<Pair>(g.segments * g.c);
+        const Array<double> all_sums = array<double>(team * sums_each);
+        step.begin();
+        team::parallel(team, [&](int thread, int count) {
+            double *const sums = all_sums.get() + thread * sums_each;
             const team::Range mine = team::share(g.segments * parts, thread, count);
             for (int64_t i = mine.begin; i < mine.end; ++i) {
                 const int64_t k = i / parts, j0 = i % parts * width, j1 = std::min(g.cols, j0 + width);
-                if (j0 < j1) reduce_rows(step, g, all, k, j0, j1, sums.get(), &partial[static_cast<size_t>(k * g.c)]);
+                if (j0 < j1) reduce_rows(step, g, all, k, j0, j1, sums, &partial[k * g.c]);
             }
         });
         team::parallel(useful_threads(threads, g.segments * g.c), [&](int thread, int count) {
             const team::Range mine = team::share(g.c, thread, count);
             for (int64_t c = mine.begin; c < mine.end; ++c) {
                 Pair total;
-                for (int64_t k = 0; k < g.segments; ++k) total += partial[static_cast<size_t>(k * g.c + c)];
+                for (int64_t k = 0; k < g.segments; ++k) total += partial[k * g.c + c];
                 step.finish(c, total);
             }
         });

@@ -5,6 +5,8 @@
 
 namespace bn {
 
+using f32 = float;
+using f64 = double;
 struct bf16 {
     uint16_t bits;
 };

@@ -27,7 +27,8 @@ class ForwardStep {
 
     ForwardStep(const ForwardProblem<A> &problem)
         : p(problem), k(table<A>(p.shape.dtype)), element(static_cast<int64_t>(element_size(p.shape.dtype))),
-          scale(array<A>(p.shape.c)), center(array<A>((p.parts & statistics) ? p.shape.c : 0)) {
+          scale(array<A>(p.shape.c)), center(array<A>(reduces() ? p.shape.c : 0)),
+          samples(array<A>(reduces() ? 3 * p.shape.c : 0)) {
         const Shape &x = p.shape;
         const int64_t c = x.c, s = x.s;
         z = view(p.z, x.z_sn * element, x.z_sc * element);
@@ -50,6 +51,7 @@ class ForwardStep {
 
     bool reduces() const { return p.parts & statistics; }
     bool maps() const { return p.parts & normalization; }
+    void begin() const { begin_tracking(p); }
     void end_of_thread() const {
         if (streams) k.fence();
     }
@@ -172,8 +174,8 @@ class ForwardStep {
   private:
     void find_centers(int64_t c0, int64_t c1, int64_t step, const char *a, const char *b, const char *c) {
         const int64_t count = c1 - c0;
-        const Array<A> samples = array<A>(3 * count);
-        A *const at[3] = {samples.get(), samples.get() + count, samples.get() + 2 * count};
+        A *const first = samples.get() + 3 * c0;
+        A *const at[3] = {first, first + count, first + 2 * count};
         k.gather(a, step, static_cast<size_t>(count), at[0]);
         k.gather(b, step, static_cast<size_t>(count), at[1]);
         k.gather(c, step, static_cast<size_t>(count), at[2]);
@@ -205,7 +207,7 @@ class ForwardStep {
     const Kernels<A> &k;
     int64_t element;
     View z, y, r;
-    Array<A> scale, center, zeros;
+    Array<A> scale, center, samples, zeros;
     const A *shift = nullptr;
     typename Kernels<A>::Apply apply_plane, apply_column, apply_run = nullptr;
     Array<int8_t> run_lanes;
@@ -219,7 +221,6 @@ void run(const ForwardProblem<A> &problem) {
     if (x.c == 0 || x.n * x.s == 0) return;
     ForwardStep<A> step(problem);
     const int64_t element = static_cast<int64_t>(element_size(x.dtype));
-    begin_tracking(problem);
     if (by_columns(x))
         run_columns(step, Columns(x), element, problem.threads);
     else

@@ -1,25 +1,11 @@
 // exp, sigmoid, tanh and the normal distribution, on packs of floats, to a few units in the last place; on packs
 // of doubles by the C library, lane by lane. Polynomials fitted for these ranges (Chebyshev nodes, Lawson weights).
-// Per instruction set, like simd.h.
+// Per instruction set, like simd/pack.h.
 #pragma once
 #include <math.h>
-#include "simd.h"
+#include "simd/simd.h"
 
 namespace bn::BN_ISA {
-
-BN_INLINE Pack<float> bitcast_exponent(Pack<float> t) {  // the low byte of each lane's bits becomes its exponent
-    BN_UNROLL for (int i = 0; i < Pack<float>::n; ++i) {
-#if defined(__AVX512F__)
-        t.v[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t.v[i]), 23));
-#elif defined(__AVX2__)
-        t.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t.v[i]), 23));
-#else
-        typedef uint32_t U __attribute__((vector_size(16)));
-        t.v[i] = (Native<float>::V)(((U)t.v[i]) << 23);
-#endif
-    }
-    return t;
-}
 
 // e^x within 2 ulp on [-87, 88]; outside it stays at the value of the nearer end; NaN stays NaN
 BN_INLINE Pack<float> exp(Pack<float> x) {
@@ -37,7 +23,7 @@ BN_INLINE Pack<float> exp(Pack<float> x) {
     p = fma(p, r, set1(0x1.5554d8p-3f));
     p = fma(p, r, set1(0.5f));
     p = fma(p * r, r, r) + set1(1.0f);
-    return p * bitcast_exponent(t);  // a product, so that NaN stays NaN
+    return p * to_exponent(t);  // a product, so that NaN stays NaN
 }
 
 BN_INLINE Pack<float> sigmoid(Pack<float> x) {

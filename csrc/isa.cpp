@@ -2,31 +2,39 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#if defined(BN_X86)
+#include <cpuid.h>
+#endif
 
 #include "kernels.h"
 
 namespace bn {
 
-namespace baseline {
-void fill_set(KernelSet &);
-}
-#if defined(BN_X86)
-namespace avx2 {
-void fill_set(KernelSet &);
-}
-namespace avx512 {
-void fill_set(KernelSet &);
-}
+// From kernels.cpp, once per instruction set and type; CMakeLists.txt says which sets there are.
+#define BN_DECLARE(isa)                                                                        \
+    namespace isa {                                                                            \
+    void fill_f32(KernelSet &), fill_f64(KernelSet &), fill_bf16(KernelSet &), fill_f16(KernelSet &); \
+    inline void fill(KernelSet &set) { fill_f32(set), fill_f64(set), fill_bf16(set), fill_f16(set); } \
+    }
+BN_DECLARE(baseline)
+BN_DECLARE(avx2)
+BN_DECLARE(avx512)
 namespace avx512bf16 {
-void fill_set(KernelSet &);
-}
-#endif
+void fill_bf16(KernelSet &);
+[[maybe_unused]] inline void fill(KernelSet &set) { avx512::fill(set), fill_bf16(set); }
+}  // namespace avx512bf16
 
 namespace {
 
 #if defined(BN_X86)
-bool has_avx512() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+[[maybe_unused]] bool has_avx2() {
+    // __builtin_cpu_supports knows "f16c" from clang 17 on; with AVX2 the system saves the registers that it needs
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+[[maybe_unused]] bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
@@ -40,17 +48,22 @@ struct Candidate {
 
 Candidate *candidates(int &count) {
     static Candidate all[] = {
-        {"baseline", true, baseline::fill_set, {}},
-#if defined(BN_X86)
-        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
-         avx2::fill_set, {}},
-        {"avx512", has_avx512(), avx512::fill_set, {}},
-        {"avx512bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512bf16::fill_set, {}},
+#if defined(BN_HAS_BASELINE)
+        {"baseline", true, baseline::fill, {}},
+#endif
+#if defined(BN_HAS_AVX2)
+        {"avx2", has_avx2(), avx2::fill, {}},
+#endif
+#if defined(BN_HAS_AVX512)
+        {"avx512", has_avx512(), avx512::fill, {}},
+#endif
+#if defined(BN_HAS_AVX512BF16)
+        {"avx512bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512bf16::fill, {}},
 #endif
     };
     static const bool filled = [] {
         for (Candidate &c : all)
-            if (c.runs) c.fill(c.set);
+            if (c.runs) c.set.isa = c.name, c.fill(c.set);
         return true;
     }();
     (void)filled;
@@ -76,7 +89,10 @@ const char *available_isas() {
         const Candidate *all = candidates(count);
         std::string s;
         for (int i = 0; i < count; ++i)
-            if (all[i].runs) s += (s.empty() ? "" : " ") + std::string(all[i].name);
+            if (all[i].runs) {
+                if (!s.empty()) s += ' ';
+                s += all[i].name;
+            }
         return s;
     }();
     return names.c_str();
@@ -94,6 +110,7 @@ void select_isa(const char *isa) {
     const Candidate *all = candidates(count);
     for (int i = 0; i < count; ++i)
         if (all[i].runs) chosen = &all[i].set;
+    if (!chosen) throw std::runtime_error("this build of the core has no instruction set that this processor runs");
 }
 
 const KernelSet &kernels() {

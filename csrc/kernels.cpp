@@ -1,5 +1,6 @@
-// Compiled once per instruction set, with BN_ISA naming the namespace. Nothing from the C++ library that could be
-// emitted out of line may be used here: the linker would keep one copy for every instruction set.
+// Compiled once per instruction set and element type, with BN_ISA naming the namespace and BN_DTYPE the type. Nothing
+// from the C++ library that could be emitted out of line may be used here: the linker would keep one copy for every
+// instruction set.
 #include "kernels.h"
 #include "activations.h"
 #include "elements.h"
@@ -8,7 +9,6 @@
 #include "loops_moments.h"
 #include "loops_backward.h"
 #include "loops_runs.h"
-#include "loops_stream.h"
 
 namespace bn::BN_ISA {
 
@@ -45,7 +45,7 @@ void fill(Kernels<typename Element<T>::Acc> &k) {
     k.column_moments = column_moments<T>;
     k.wide_moments = wide_moments<T>;
     k.lane_sums = lane_sums<typename Element<T>::Acc>;
-    k.stream = stream;
+    k.stream = stream_bytes;
     k.fence = fence;
     k.gather = gather<T>;
     fill_activation<T, Identity>(k, Activation::identity);
@@ -59,15 +59,9 @@ void fill(Kernels<typename Element<T>::Acc> &k) {
     fill_activation<T, Gelu>(k, Activation::gelu);
 }
 
-#define BN_NAME_(x) #x
-#define BN_NAME(x) BN_NAME_(x)
+#define BN_JOIN_(a, b) a##b
+#define BN_JOIN(a, b) BN_JOIN_(a, b)
 
-void fill_set(KernelSet &set) {
-    set.isa = BN_NAME(BN_ISA);
-    fill<float>(set.f32);
-    fill<double>(set.f64);
-    fill<bf16>(set.bf16);
-    fill<f16>(set.f16);
-}
+void BN_JOIN(fill_, BN_DTYPE)(KernelSet &set) { fill<BN_DTYPE>(set.BN_DTYPE); }
 
 }  // namespace bn::BN_ISA

@@ -1,4 +1,4 @@
-// The sums of the backward, and the gradient of the input. Per instruction set, like simd.h.
+// The sums of the backward, and the gradient of the input. Per instruction set, like simd/pack.h.
 #pragma once
 
 namespace bn::BN_ISA {

@@ -1,4 +1,4 @@
-// y = activation((z - mean) * scale + shift [+ residual]). Per instruction set, like simd.h.
+// y = activation((z - mean) * scale + shift [+ residual]). Per instruction set, like simd/pack.h.
 #pragma once
 
 namespace bn::BN_ISA {

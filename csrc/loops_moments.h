@@ -1,5 +1,5 @@
 // Sums about a center that lies among the data, so that they do not cancel: fast in the accumulator type over a
-// bounded number of values, once more in double where the squares left its range. Per instruction set, like simd.h.
+// bounded number of values, once more in double where the squares left its range. Per instruction set, like simd/pack.h.
 #pragma once
 
 namespace bn::BN_ISA {

@@ -1,5 +1,5 @@
 // Forward and input gradient of short planes one behind the other, in vectors that know nothing of where a plane begins:
-// every store lies on its own boundary, and no last vector of a plane is a part of one. Per instruction set, like simd.h.
+// every store lies on its own boundary, and no last vector of a plane is a part of one. Per instruction set, like simd/pack.h.
 #pragma once
 
 #if defined(BN_PERMUTES)

@@ -1,5 +1,6 @@
-// Threads: those of the OpenMP runtime that the framework around us has already loaded, found by name at run time.
-// A second runtime in one process would have its workers spin against the first one's.
+// Threads: those of the OpenMP runtime that the framework around us has already loaded, found by name at run time; a
+// second runtime in one process would have its workers spin against the first one's. Where that has no door for us, or
+// is not to be used after a fork, a small team of our own (workers.h), whose threads sleep between calls.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -7,10 +8,11 @@
 
 namespace bn::team {
 
-int threads();           // how many a call may use now; 1 inside a parallel region and in a forked child
+int threads();           // how many a call may use now; 1 inside a parallel region
 const char *runtime();   // what was found, for people
 void resolve();          // looks for the runtime; call once it is loaded
 
+// `body` may throw: the first exception is thrown again when every thread is done.
 using Body = void (*)(void *context, int thread, int threads);
 void run(int threads, Body body, void *context);
 
@@ -21,20 +23,6 @@ void parallel(int threads, F &&body) {
         return;
     }
     run(threads, [](void *f, int thread, int count) { (*static_cast<F *>(f))(thread, count); }, &body);
-}
-
-// Tasks handed out in order as threads come free. What a task computes must not depend on who runs it.
-template <class F>
-void tasks(int threads, int64_t count, F &&task) {
-    if (threads > count) threads = static_cast<int>(count);
-    if (threads <= 1) {
-        for (int64_t i = 0; i < count; ++i) task(i);
-        return;
-    }
-    std::atomic<int64_t> next{0};
-    parallel(threads, [&](int, int) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-    });
 }
 
 // [begin, end) of `count` items for one thread of several

@@ -20,14 +20,16 @@ constexpr std::align_val_t line{64};
 // A tensor's memory and what describes it. Small ones are one piece: the values follow on the next cache line.
 struct Owner {
     dlpack::Managed managed{};
-    pool::Block block{};
+    pool::Block *block = nullptr;
+    bool *gone = nullptr;  // told when it is destroyed
     int64_t sizes[most_axes], strides[most_axes];
 };
 constexpr size_t header = (sizeof(Owner) + 63) / 64 * 64;
 
 void destroy(dlpack::Managed *m) {
     Owner *owner = static_cast<Owner *>(m->context);
-    if (owner->block.base) pool::release(owner->block);
+    if (owner->gone) *owner->gone = true;
+    if (owner->block) pool::release(owner->block);
     owner->~Owner();
     ::operator delete(static_cast<void *>(owner), line);
 }
@@ -58,7 +60,7 @@ bool look(PyObject *tensor, dlpack::Tensor &out) {
 PyObject *make(dlpack::Type type, int axes, const int64_t *sizes, const int64_t *strides, void **where) {
     size_t bytes = type.bits / 8;
     for (int a = 0; a < axes; ++a) bytes *= static_cast<size_t>(sizes[a]);
-    const bool pooled = bytes >= large && pool::statistics().limit > 0;
+    const bool pooled = bytes >= large && pool::keeps();
     void *memory = ::operator new(header + (pooled ? 0 : std::max<size_t>(bytes, 64)), line);
     Owner *owner = new (memory) Owner;
     void *data = static_cast<char *>(memory) + header;
@@ -71,14 +73,21 @@ PyObject *make(dlpack::Type type, int axes, const int64_t *sizes, const int64_t 
             destroy(&m);
             throw;
         }
-        data = owner->block.data;
+        data = owner->block->data;
     }
     std::copy(sizes, sizes + axes, owner->sizes);
     std::copy(strides, strides + axes, owner->strides);
     m.tensor = {data, {dlpack::cpu, 0}, axes, type, owner->sizes, owner->strides, 0};
     *where = data;
     void *object = nullptr;
-    if (exchange->adopt(&m, &object)) throw nanobind::python_error();
+    bool gone = false;
+    owner->gone = &gone;
+    if (exchange->adopt(&m, &object)) {
+        // how far it came is not told: the memory may or may not have been taken over, and given back
+        if (!gone) destroy(&m);
+        throw nanobind::python_error();
+    }
+    owner->gone = nullptr;
     return static_cast<PyObject *>(object);
 }
 
