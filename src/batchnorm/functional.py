@@ -10,6 +10,7 @@ from torch import Tensor
 
 from batchnorm import validation
 from batchnorm.autograd import normalize_batch, normalize_population
+from batchnorm.compiling import by_our_backend, one_step
 from batchnorm.kernels.contract import Norm
 from batchnorm.kernels.select import select
 from batchnorm.layout import channel_axis, values_per_channel
@@ -247,9 +248,14 @@ def infer(
         raise validation.missing_statistics()
     if type(z) is not Tensor and is_placed(z):
         if inplace:
-            return z.copy_(infer(z, running_mean, running_var, gamma, beta, residual, mask, masked_output, options))
+            return z.copy_(
+                infer(z, running_mean, running_var, gamma, beta, residual, mask, masked_output, options)
+            )
         statistics, vectors = (running_mean, running_var), (gamma, beta)
         return infer_shards(infer, z, statistics, vectors, residual, mask, masked_output, options)
+    if torch.compiler.is_compiling() and not inplace and by_our_backend():
+        rest = (running_mean, running_var, mask, masked_output, options)
+        return infer_step(z, gamma, beta, residual, *rest)
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
     validation.check_tensors(z, axis, (running_mean, running_var, gamma, beta), residual)
     if (
@@ -307,6 +313,8 @@ def train(
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
     norm = Norm(axis, options.eps, gamma, beta, residual, options.activation)
     plain = tracking is None or type(tracking) is Tracking
+    if plain and between is None and torch.compiler.is_compiling() and by_our_backend():
+        return train_step(z, gamma, beta, residual, mask, masked_output, tracking, population, options)
     if (
         mask is None
         and between is None
@@ -412,3 +420,23 @@ def _telling(tracking: Tracking | Sink | None, refuse: bool, pooled: bool) -> Si
         tell(tracking, [(count, mean, var)], refuse, pooled)
 
     return sink
+
+
+train_step = one_step(train)
+"""`train` as one step of a graph of our own backend."""
+
+
+@one_step
+def infer_step(
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mask: Tensor | None,
+    masked_output: str,
+    options: Options,
+) -> Tensor:
+    """`infer` as one step of a graph of our own backend."""
+    return infer(z, running_mean, running_var, gamma, beta, residual, mask, masked_output, options)

@@ -21,12 +21,12 @@ MAGNIFIES = {"Deformable DETR": 1e-3}
 def test_same_answers(name):
     seen = zoo.look(name)
     assert seen["found"] + seen["frozen"] > 0
-    assert seen["moved"] == seen["found"]
+    assert seen["called"] + len(seen["unseen"]) <= seen["found"]
     # float64 where the network takes it: what differs is the order of additions alone
     assert seen["eval"] < (1e-8 if seen["wide"] else 1e-4)
     assert seen["training"] < (1e-5 if seen["wide"] else 1e-2)
     assert seen["fold"] < MAGNIFIES.get(name, 1e-4)
-    assert seen["fused"] >= 0.8 * (seen["pairs"] - len(seen["unseen"]))
+    assert seen["fused"] >= seen["pairs"]
     assert seen["folded"] + len(seen["left"]) == seen["found"] + seen["frozen"]
     assert all(reason for _, reason in seen["left"])
 
@@ -38,6 +38,5 @@ def test_restored_to_the_last_attribute(name):
     before = {n: (type(m), set(vars(m)), list(m._buffers)) for n, m in model.named_modules()}
     state = copy.deepcopy(model.state_dict())
     batchnorm.restore(batchnorm.accelerate(model))
-    vars(model).pop("_batchnorm_record")
     assert {n: (type(m), set(vars(m)), list(m._buffers)) for n, m in model.named_modules()} == before
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())

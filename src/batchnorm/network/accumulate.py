@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import TracebackType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from batchnorm.accumulator import Accumulator
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import Layer
 from batchnorm.network.model import check_model
+from batchnorm.network.undo import Undo, keep_values
 
 
 class accumulate:
@@ -47,11 +50,13 @@ class accumulate:
     def __init__(self, model: nn.Module) -> None:
         check_model(model, "accumulate")
         self._layers = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
+        self._end = Undo(always=True)
+        self._end.add(self._close)
         if not self._layers:
             raise ArgumentError(
                 f"accumulate: {type(model).__name__} has no batch norm of this package.",
                 why="the statistics of torch.nn's layers move inside their own kernel, a step each time.",
-                mend="batchnorm.accelerate(model) first: it makes them ours and keeps their parameters.",
+                mend='batchnorm.convert(model, "batchnorm") first: it makes them ours and keeps their parameters.',
             )
 
     def __enter__(self) -> accumulate:
@@ -63,8 +68,11 @@ class accumulate:
                     mend="use one block a step.",
                     at=path,
                 )
-        for layer in self._layers.values():
-            layer.accumulator = Accumulator(layer.populations())
+        begun = Undo()
+        with begun, begun:
+            begun.add(self._close)
+            for layer in self._layers.values():
+                layer.accumulator = Accumulator(layer.populations())
         return self
 
     def __exit__(
@@ -73,7 +81,22 @@ class accumulate:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        with self._end, self._end:
+            if kind is None:
+                self._commit()
+
+    def _commit(self) -> None:
+        moved = [population for layer in self._layers.values() for population in layer.populations()]
+        pools = [layer.accumulator for layer in self._layers.values()]
+        undo = Undo()
+        with undo, undo:
+            undo.add(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+            keep_values(undo, [value for each in moved for value in each if isinstance(value, Tensor)])
+            for pool in pools:
+                if pool is not None:
+                    pool.commit()
+            self._close()
+
+    def _close(self) -> None:
         for layer in self._layers.values():
-            accumulator, layer.accumulator = layer.accumulator, None
-            if kind is None and accumulator is not None:
-                accumulator.commit()
+            layer.accumulator = None

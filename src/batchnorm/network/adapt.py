@@ -15,6 +15,7 @@ from batchnorm.kernels.select import select
 from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.network.batches import FORWARD, move_to, run_batch, single_device
 from batchnorm.network.model import check_model, check_number
+from batchnorm.network.undo import Undo, hook_before, set_modes, stop_gradients, write_together
 from batchnorm.population import blend, merge
 from batchnorm.validation import spread_mask
 
@@ -51,14 +52,10 @@ class _Blender:
         count, mean, m2 = self.seen
         var = m2 / count.clamp(min=1)
         blended = blend(self.prior, self.mean, self.var, self.samples, mean, var)
-        for buffer, new, old in zip(self._buffers(), blended, self.source, strict=True):
+        for buffer, new, old in zip(self.buffers(), blended, self.source, strict=True):
             buffer.copy_(torch.where(count > 0, new.to(buffer.dtype), old))
 
-    def restore(self) -> None:
-        for buffer, old in zip(self._buffers(), self.source, strict=True):
-            buffer.copy_(old)
-
-    def _buffers(self) -> tuple[Tensor, Tensor]:
+    def buffers(self) -> tuple[Tensor, Tensor]:
         return self.layer.running_mean, self.layer.running_var  # type: ignore[return-value]
 
 
@@ -142,39 +139,35 @@ class adapt:
             )
         self.model, self.prior = model, prior
         self._blenders = [_Blender(layer, prior) for layer in layers]
-        modes = [(module, module.training) for module in model.modules()]
-        handles = []
+        self._end = Undo(always=True)
+        self._end.add(self.restore)
         device = single_device(model)
-        try:
-            for module, _ in modes:
-                module.training = False
-            for blender in self._blenders:
-                handles.append(blender.layer.register_forward_pre_hook(blender.observe, with_kwargs=True))
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                if forward is not None:
-                    forward(model, batch)
-                else:
-                    run_batch(model, batch if device is None else move_to(batch, device), "adapt")
+        undo, end = Undo(), Undo(always=True)
+        with undo, undo:
+            undo.add(self.restore)
+            with end, end:
+                set_modes(end, model, False)
+                for blender in self._blenders:
+                    hook_before(end, blender.layer, blender.observe)
+                stop_gradients(end)
+                with torch.compiler.set_stance("force_eager"):
+                    if forward is not None:
+                        forward(model, batch)
+                    else:
+                        run_batch(model, batch if device is None else move_to(batch, device), "adapt")
             if not any(blender.samples for blender in self._blenders):
                 raise ShapeError(
                     "adapt: the batch holds no sample, or reaches no batch norm.",
                     why="there is nothing to adapt to.",
                     mend="give at least one input of the kind the model takes.",
                 )
-        except BaseException:
-            self.restore()
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, mode in modes:
-                module.training = mode
 
     def restore(self) -> None:
-        """Give every layer its source statistics back."""
-        with torch.no_grad():
-            for blender in self._blenders:
-                blender.restore()
+        """Give every layer its source statistics back; it may be called again."""
+        write_together(
+            [buffer for blender in self._blenders for buffer in blender.buffers()],
+            [value for blender in self._blenders for value in blender.source],
+        )
 
     def __enter__(self) -> adapt:
         return self
@@ -185,4 +178,5 @@ class adapt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.restore()
+        with self._end, self._end:
+            pass

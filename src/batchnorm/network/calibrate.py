@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,17 @@ from batchnorm.modules import Layer
 from batchnorm.network.batches import FORWARD, batches_of, move_to, run_batch, single_device
 from batchnorm.network.model import check_model, check_number
 from batchnorm.network.progress import watched
-from batchnorm.network.record import Record, write_record
+from batchnorm.network.record import ATTRIBUTE, Record, write_record
 from batchnorm.network.shards import Shards, pool
+from batchnorm.network.undo import (
+    Undo,
+    hook_before,
+    keep_attribute,
+    keep_values,
+    set_modes,
+    stop_gradients,
+    write_together,
+)
 from batchnorm.population import merge
 
 Estimator = Literal["pooled", "average", "moving"]
@@ -139,36 +148,50 @@ def calibrate(
     if forward is not None and not callable(forward):
         raise ArgumentError(f"calibrate: forward={forward!r} is no function.", mend=FORWARD)
     told = Record()
-    begun: list[Layer] = []
+    undo, measured = Undo(), Undo(always=True)
     shards: Shards | None = None
-    try:
-        meters = _meters(model, estimator, momentum, told, begun)
-        shards = Shards(list(meters.values()), group)
-        device = single_device(model)
-        batches = 0
-        stream = batches_of(data, "calibrate")
-        with _batch_statistics_mode(model, meters):
-            for batch in watched(shards.stream(stream), "calibrate", progress and shards.first):
-                if forward is not None:
-                    forward(model, batch)
-                else:
-                    run_batch(model, batch if device is None else move_to(batch, device), "calibrate")
-                batches += 1
-        if not shards.merge(batches):
-            raise DataError(
-                "calibrate: the data holds no batch.",
-                why="there is nothing to take statistics from.",
-                mend="give an iterable of batches; a generator that was read once is empty the second time.",
-            )
-    except BaseException as error:
-        if shards is not None:
-            shards.fail(error)
-        _forget(begun)
-        raise
-    for meter in meters.values():
-        meter.commit(told)
-    _forget([layer for layer in begun if not meters[layer].calls])
-    return write_record(model, told)
+    with undo, undo:
+        try:
+            meters, begun = _meters(model, estimator, momentum, told, undo)
+            shards = Shards(list(meters.values()), group)
+            with measured, measured:
+                _measure(measured, model, meters)
+                # a compiled module does not see hooks that are younger than its graph
+                with torch.compiler.set_stance("force_eager"):
+                    stream = shards.stream(batches_of(data, "calibrate"))
+                    batches = _run(model, watched(stream, "calibrate", progress and shards.first), forward)
+            if not shards.merge(batches):
+                raise DataError(
+                    "calibrate: the data holds no batch.",
+                    why="there is nothing to take statistics from.",
+                    mend="give an iterable of batches; a generator that was read once is empty the second time.",
+                )
+        except BaseException as error:
+            if shards is not None:
+                shards.fail(error)
+            raise
+        found = [pair for meter in meters.values() for pair in meter.result(told)]
+        for layer in begun:
+            if not meters[layer].calls:
+                _forget(layer, str(active_domain()))
+        buffers, values = [buffer for buffer, _ in found], [value for _, value in found]
+        keep_attribute(undo, model, ATTRIBUTE)
+        keep_values(undo, buffers)
+        write_record(model, told)
+        write_together(buffers, values)
+    return model
+
+
+def _run(model: nn.Module, batches: Iterable[Any], forward: Forward | None) -> int:
+    """Run the model on every batch; give their number."""
+    device, number = single_device(model), 0
+    for batch in batches:
+        if forward is not None:
+            forward(model, batch)
+        else:
+            run_batch(model, batch if device is None else move_to(batch, device), "calibrate")
+        number += 1
+    return number
 
 
 class _Meter:
@@ -212,6 +235,11 @@ class _Meter:
             torch.where(finite, count, zero), torch.where(finite, mean, zero), torch.where(finite, m2, zero)
         )
 
+    def give_back(self) -> None:
+        """Put the running statistics back in their place."""
+        self.holder._buffers["running_mean"] = self.mean_buffer
+        self.holder._buffers["running_var"] = self.var_buffer
+
     def _add(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
         if self.estimator == "pooled":
             self.count, self.mean, self.spread = merge(self.count, self.mean, self.spread, count, mean, m2)
@@ -231,48 +259,38 @@ class _Meter:
         self.mean = self.mean + (mean - self.mean) * (weight / self.count.clamp(min=tiny))
         self.spread = self.spread + (var - self.spread) * (var_weight / self.var_weight.clamp(min=tiny))
 
-    def commit(self, told: Record) -> None:
-        """Write what was collected into the layer, channel by channel where there is an answer."""
+    def result(self, told: Record) -> list[tuple[Tensor, Tensor]]:
+        """Give the layer's buffers with what was collected for them, channel by channel where there is an answer."""
         if not self.calls:
-            told.leave(
-                self.path,
-                _kind(self.layer),
-                "never called: its statistics are as they were",
-                tool="calibrate",
-            )
-            return
+            return self._leave(told, "never called: its statistics are as they were")
         if self.estimator == "pooled":
             free = self.count - self.correction
             mean, var, known = self.mean, self.spread / free.clamp(min=1), free > 0
         else:
             mean, var, known = self.mean, self.spread, self.var_weight > 0
         if not bool(known.any()):
-            told.leave(
-                self.path,
-                _kind(self.layer),
-                "too few finite values per channel for a variance",
-                tool="calibrate",
-            )
-            return
+            return self._leave(told, "too few finite values per channel for a variance")
         old_mean, old_var = self.mean_buffer.to(mean), self.var_buffer.to(mean)
         mean, var = torch.where(known, mean, old_mean), torch.where(known, var, old_var)
         scale = (var + self.layer.eps).sqrt()
         shift = float(((mean - old_mean).abs() / scale).max())
         ratio = float(((old_var + self.layer.eps).sqrt() / scale).log().abs().max().exp())
-        self.mean_buffer.copy_(mean)
-        self.var_buffer.copy_(var)
-        for name, value in (
-            ("num_batches_tracked", self.calls),
-            ("num_batches_skipped", None),
-            ("skipped_channels", self.skipped),
-        ):
-            counter = self.holder._buffers.get(name)
-            if counter is None:
-                continue
-            if value is None:
-                value = int(self.skipped.max())
-            counter.copy_(torch.as_tensor(value))
         told.add(self.path, _kind(self.layer), "calibrated", self._detail(shift, ratio), tool="calibrate")
+        counts = {
+            "num_batches_tracked": torch.tensor(self.calls),
+            "num_batches_skipped": self.skipped.max(),
+            "skipped_channels": self.skipped,
+        }
+        held = [(self.holder._buffers.get(name), count) for name, count in counts.items()]
+        return [
+            (self.mean_buffer, mean),
+            (self.var_buffer, var),
+            *((buffer, count) for buffer, count in held if buffer is not None),
+        ]
+
+    def _leave(self, told: Record, reason: str) -> list[tuple[Tensor, Tensor]]:
+        told.leave(self.path, _kind(self.layer), reason, tool="calibrate")
+        return []
 
     def _detail(self, shift: float, ratio: float) -> str:
         seen = f"{int(self.count.max())} values in " if self.estimator != "moving" else ""
@@ -316,45 +334,49 @@ def _kind(layer: nn.Module) -> str:
 
 
 def _meters(
-    model: nn.Module, estimator: Estimator, momentum: float, told: Record, begun: list[Layer]
-) -> dict[nn.Module, _Meter]:
-    """One meter for each layer that is to be measured; the others go into the record."""
+    model: nn.Module, estimator: Estimator, momentum: float, told: Record, undo: Undo
+) -> tuple[dict[nn.Module, _Meter], list[Layer]]:
+    """One meter for each layer that is to be measured, and the layers that began a domain for it."""
     meters: dict[nn.Module, _Meter] = {}
+    begun: list[Layer] = []
     frozen = _put_in_eval(model)
     for path, layer in list(model.named_modules()):
         if not isinstance(layer, _BatchNorm):
             continue
+        reason = ""
         if layer.running_mean is None or layer.running_var is None:
-            told.leave(path, _kind(layer), "keeps no running statistics", tool="calibrate")
+            reason = "keeps no running statistics"
         elif isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-            told.leave(path, _kind(layer), "is lazy and has not seen its first batch", tool="calibrate")
+            reason = "is lazy and has not seen its first batch"
         elif getattr(layer, "frozen_statistics", False):
-            told.leave(path, _kind(layer), "frozen", tool="calibrate")
+            reason = "frozen"
         elif layer in frozen:
-            told.leave(
-                path, _kind(layer), "in eval mode inside a module in training mode: frozen", tool="calibrate"
-            )
+            reason = "in eval mode inside a module in training mode: frozen"
+        if reason:
+            told.leave(path, _kind(layer), reason, tool="calibrate")
         else:
-            meters[layer] = _Meter(layer, _holder(layer, begun), path, estimator, momentum)
-    return meters
+            meters[layer] = _Meter(layer, _holder(layer, begun, undo), path, estimator, momentum)
+    return meters, begun
 
 
-def _holder(layer: _BatchNorm, begun: list[Layer]) -> nn.Module:
+def _holder(layer: _BatchNorm, begun: list[Layer], undo: Undo) -> nn.Module:
     """Whose buffers are meant: the layer's own, or those of the domain in force."""
     name = active_domain()
     if name is None or not isinstance(layer, Layer):
         return layer
     if name not in layer._modules.get("domains", {}):
+        undo.add(partial(_forget, layer, name))
         begun.append(layer)
     return layer.add_domain(name)
 
 
-def _forget(begun: list[Layer]) -> None:
-    """Take back domains that were begun for nothing."""
-    for layer in begun:
-        del layer.domains[str(active_domain())]
-        if not layer.domains:
-            del layer.domains
+def _forget(layer: Layer, name: str) -> None:
+    """Take back a domain that was begun for nothing."""
+    domains: Any = layer._modules.get("domains")
+    if domains is not None:
+        domains._modules.pop(name, None)
+        if not domains:
+            layer._modules.pop("domains", None)
 
 
 def _put_in_eval(model: nn.Module) -> set[nn.Module]:
@@ -368,29 +390,15 @@ def _put_in_eval(model: nn.Module) -> set[nn.Module]:
     return held_still - held_trained
 
 
-@contextlib.contextmanager
-def _batch_statistics_mode(model: nn.Module, meters: Mapping[nn.Module, _Meter]) -> Iterator[None]:
-    """Everything in eval mode, the measured layers normalizing with their batch; all of it undone after.
+def _measure(undo: Undo, model: nn.Module, meters: Mapping[nn.Module, _Meter]) -> None:
+    """Put everything in eval mode, the measured layers normalizing with their batch; to be undone.
 
     A measured layer stays in eval mode and finds its batch's statistics in the place of the running ones.
     That is what training mode computes, and it also serves a single value per channel, a layer that
     synchronizes over ranks, and a subclass with a forward of its own.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    handles = []
-    try:
-        for module, _ in modes:
-            module.training = False
-        for layer, meter in meters.items():
-            handles.append(layer.register_forward_pre_hook(meter.observe, with_kwargs=True))
-        # a compiled module does not see hooks that are younger than its graph
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for meter in meters.values():
-            meter.holder._buffers["running_mean"] = meter.mean_buffer
-            meter.holder._buffers["running_var"] = meter.var_buffer
-        for module, mode in modes:
-            module.training = mode
+    set_modes(undo, model, False)
+    for layer, meter in meters.items():
+        undo.add(meter.give_back)
+        hook_before(undo, layer, meter.observe)
+    stop_gradients(undo)

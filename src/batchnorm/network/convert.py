@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,8 @@ from batchnorm.network.example import call_with
 from batchnorm.network.frozen import FrozenBatchNorm
 from batchnorm.network.kinds import CONVOLUTIONS, TRANSPOSED, is_frozen_lookalike
 from batchnorm.network.model import check_model, check_number
-from batchnorm.network.record import Record, write_record
+from batchnorm.network.record import ATTRIBUTE, Record, write_record
+from batchnorm.network.undo import Undo, hook_before, keep_attribute, keep_modules, set_modes, stop_gradients
 
 Kind = Literal["batchnorm", "torch", "sync", "frozen", "group", "layer", "instance"]
 
@@ -114,24 +115,24 @@ def convert(
     told = Record()
     layers = [(p, m) for p, m in model.named_modules() if isinstance(m, _BatchNorm) or _is_frozen(m)]
     axes = _axes_seen(model, [m for _, m in layers], example)
-    undo: list[Callable[[], None]] = []
-    try:
+    undo = Undo()
+    with undo, undo:
         for path, layer in layers:
             kind = type(layer).__name__
-            undo.append(_snapshot(layer))
+            one = Undo()
+            undo.add(one.back)
+            _keep(one, layer)
             try:
                 detail = _convert(layer, to, _Finder(model, path, layer, axes), groups, process_group)
             except _Impossible as why:
-                undo.pop()()
+                one.back()
                 told.leave(path, kind, str(why), tool=_TOOL)
             else:
                 if detail is not None:
                     told.add(path, kind, "converted", detail, tool=_TOOL)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-    return write_record(model, told)
+        keep_attribute(undo, model, ATTRIBUTE)
+        write_record(model, told)
+    return model
 
 
 def _convert(layer: nn.Module, to: str, finder: _Finder, groups: int, process_group: Any) -> str | None:
@@ -325,34 +326,23 @@ def _axes_seen(model: nn.Module, layers: list[nn.Module], example: Any) -> dict[
         return {}
     seen: dict[int, int] = {}
 
-    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[id(module)] = args[0].ndim
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[id(module)] = (args[0] if args else kwargs["input"]).ndim
 
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for m, _ in modes:
-            m.training = False
-        with torch.no_grad():
-            call_with(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, training in modes:
-            m.training = training
+    end = Undo(always=True)
+    with end, end:
+        set_modes(end, model, False)
+        for layer in layers:
+            hook_before(end, layer, look)
+        stop_gradients(end)
+        call_with(model, example)
     return seen
 
 
-def _snapshot(layer: nn.Module) -> Callable[[], None]:
-    cls, held = type(layer), dict(layer.__dict__)
-    tables = {
-        name: held[name].copy()
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    }
-
-    def back() -> None:
-        layer.__class__ = cls
-        layer.__dict__.clear()
-        layer.__dict__.update({**held, **tables})
-
-    return back
+def _keep(undo: Undo, layer: nn.Module) -> None:
+    keep_modules(undo, [layer])
+    # a Parameter that a frozen layer keeps aside gets the layer's values back when it thaws
+    aside = layer.__dict__.get(_BEFORE, {}).get("parameters", {}).values()
+    for parameter in aside:
+        if parameter is not None:
+            undo.add(partial(setattr, parameter, "data", parameter.data))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.errors import ArgumentError, DataError
-from batchnorm.network.accelerate import restore
+from batchnorm.network.convert import convert
 from batchnorm.network.example import call_with, copied, guesses
 
 _PT2 = ".pt2"
@@ -132,7 +132,7 @@ def save_network(opened: Opened, model: nn.Module, path: Path) -> str:
             )
         args, kwargs = ((), dict(made)) if isinstance(made, dict) else ((made,), {})
     # with torch's own norms, so that whoever loads the program needs nothing else
-    plain = restore(copied(model)).eval()
+    plain = convert(copied(model), "torch").eval()
     program = torch.export.export(plain, args, kwargs, dynamic_shapes=opened.dynamic)
     torch.export.save(program, path)
     return f"{path}: exported program"

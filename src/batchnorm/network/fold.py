@@ -15,6 +15,7 @@ from batchnorm.network.folding import Folding
 from batchnorm.network.graph import Flow, batch_norms, find_flow
 from batchnorm.network.model import check_model
 from batchnorm.network.record import Record, write_record
+from batchnorm.network.undo import Undo, keep_modules
 from batchnorm.network.verify import difference, precision_of
 from batchnorm.network.watching import modes, tensors_in
 
@@ -89,13 +90,16 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
         )
     if not batch_norms(model):
         return write_record(copied(model).eval(), Record())
-    flow = _look(model, example)
-    result = copied(model).eval()
-    work = Folding(model, result, flow, certain=example is not None, alone=flow.result is None)
-    work.fold_all()
-    if work.steps and flow.result is not None:
-        _verify(flow, result, work.steps)
-    return write_record(result, work.record())
+    undo = Undo()
+    with undo, undo:
+        keep_modules(undo, model.modules())
+        flow = _look(model, example)
+        result = copied(model).eval()
+        work = Folding(model, result, flow, certain=example is not None, alone=flow.result is None)
+        work.fold_all()
+        if work.steps and flow.result is not None:
+            _verify(flow, result, work.steps)
+        return write_record(result, work.record())
 
 
 def _look(model: nn.Module, example: Any) -> Flow:

@@ -15,6 +15,7 @@ from batchnorm.errors import ArgumentError, DataError, ShapeError
 from batchnorm.network.foreign_order import in_order
 from batchnorm.network.model import check_model, check_number
 from batchnorm.network.record import Record, write_record
+from batchnorm.network.undo import Undo, keep_modules, keep_values, write_together
 
 Names = Mapping[str, str] | Literal["order"] | None
 
@@ -266,13 +267,25 @@ def _load(
     planned = [
         (path, layer, _values(layer, path, groups[name], who)) for name, (path, layer) in pairs.items()
     ]
-    told = Record()
-    for path, layer, values in planned:
-        with torch.no_grad():
-            for field, value in values.items():
-                getattr(layer, field).copy_(value)
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.zero_()
+    told, undo = Record(), Undo()
+    with undo, undo:
+        keep_modules(undo, [model, *(layer for _, layer, _ in planned)])
+        _write(planned, undo, momentum, epsilon, told, who)
+        write_record(model, told)
+    return model
+
+
+_Plan = list[tuple[str, _BatchNorm, dict[str, Tensor]]]
+
+
+def _write(planned: _Plan, undo: Undo, momentum: float, epsilon: float, told: Record, who: str) -> None:
+    tensors, values = [], []
+    for path, layer, given in planned:
+        tensors += [getattr(layer, field) for field in given]
+        values += list(given.values())
+        if layer.num_batches_tracked is not None:
+            tensors.append(layer.num_batches_tracked)
+            values.append(torch.zeros_like(layer.num_batches_tracked))
         layer.eps, layer.momentum = epsilon, 1 - momentum
         said = f"eps {epsilon:g}, momentum {1 - momentum:g} (the share kept was {momentum:g})"
         if hasattr(layer, "running_var_correction"):
@@ -281,7 +294,8 @@ def _load(
         else:
             said += "; trained on, running_var will have divisor m - 1: convert(model, to='batchnorm') has the switch"
         told.add(path, type(layer).__name__, "loaded", said, tool=who)
-    return write_record(model, told)
+    keep_values(undo, tensors)
+    write_together(tensors, values)
 
 
 def _pair(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import Layer
 from batchnorm.network.model import check_model
+from batchnorm.network.undo import Undo
 
 
 def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> nn.Module:
@@ -55,11 +59,14 @@ def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> n
                     mend="statistics=False, or give the layer statistics and calibrate it.",
                     at=path,
                 )
-    for layer in layers.values():
-        layer.frozen_statistics = layer.frozen_statistics or statistics
-        if affine:
-            layer.freeze_affine(True)
-    return model
+    undo = Undo()
+    with undo, undo:
+        undo.add(partial(_set, _flags(layers)))
+        for layer in layers.values():
+            layer.frozen_statistics = layer.frozen_statistics or statistics
+            if affine:
+                layer.freeze_affine(True)
+        return model
 
 
 def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> nn.Module:
@@ -91,11 +98,28 @@ def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> 
     >>> layer.frozen_statistics
     False
     """
-    for layer in _layers(model, "unfreeze").values():
-        layer.frozen_statistics = layer.frozen_statistics and not statistics
-        if affine and layer.frozen_affine:
-            layer.freeze_affine(False)
-    return model
+    layers, undo = _layers(model, "unfreeze"), Undo()
+    with undo, undo:
+        undo.add(partial(_set, _flags(layers)))
+        for layer in layers.values():
+            layer.frozen_statistics = layer.frozen_statistics and not statistics
+            if affine and layer.frozen_affine:
+                layer.freeze_affine(False)
+        return model
+
+
+def _flags(layers: dict[str, Layer]) -> list[tuple[Any, str, bool]]:
+    names = ("frozen_statistics", "frozen_affine")
+    flags: list[tuple[Any, str, bool]] = [
+        (layer, name, getattr(layer, name)) for layer in layers.values() for name in names
+    ]
+    parameters = [p for layer in layers.values() for p in layer.parameters()]
+    return flags + [(p, "requires_grad", p.requires_grad) for p in parameters]
+
+
+def _set(flags: list[tuple[Any, str, bool]]) -> None:
+    for holder, name, value in flags:
+        setattr(holder, name, value)
 
 
 def _layers(model: nn.Module, verb: str) -> dict[str, Layer]:
@@ -110,7 +134,7 @@ def _layers(model: nn.Module, verb: str) -> dict[str, Layer]:
         raise ArgumentError(
             f"{verb}: {len(strangers)} batch norms are torch.nn's own.",
             why="they hold still only until somebody calls .train().",
-            mend="batchnorm.accelerate(model) first: it makes them ours and keeps their parameters.",
+            mend='batchnorm.convert(model, "batchnorm") first: it makes them ours and keeps their parameters.',
             at=strangers[0],
         )
     if not layers:

@@ -20,6 +20,7 @@ from batchnorm.network.model import check_model, check_number
 from batchnorm.network.normalized import Normalized
 from batchnorm.network.progress import watched
 from batchnorm.network.record import Record, write_record
+from batchnorm.network.undo import Undo, hook_after, keep_modules, set_modes, stop_gradients
 from batchnorm.network.verify import difference, precision_of
 from batchnorm.network.watching import modes, tensors_in
 from batchnorm.validation import check_momentum
@@ -114,6 +115,21 @@ def insert(
     True
     """
     _check(model, data, zero_init_residual, eps, momentum)
+    undo = Undo()
+    with undo, undo:
+        keep_modules(undo, model.modules())
+        return _insert(model, example, data, zero_init_residual, eps, momentum, progress)
+
+
+def _insert(
+    model: nn.Module,
+    example: Any,
+    data: Any,
+    zero_init_residual: bool,
+    eps: float,
+    momentum: float | None,
+    progress: bool,
+) -> nn.Module:
     batches, first = _first_batch(data)
     run = _runner(model, example, first)
     flow = _look(model, run)
@@ -323,15 +339,20 @@ def _measure(
 
         return take
 
-    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
     device = single_device(model)
-    try:
-        with modes(model, False), torch.no_grad():
-            for batch in watched(batches, "keeping the function", progress):
-                run_batch(model, batch if device is None else move_to(batch, device), _TOOL)
-    finally:
-        for handle in handles:
-            handle.remove()
+    end = Undo(always=True)
+    with end, end:
+        for path in paths:
+            hook_after(end, model.get_submodule(path), hook(path))
+        set_modes(end, model, False)
+        stop_gradients(end)
+        for batch in watched(batches, "keeping the function", progress):
+            run_batch(model, batch if device is None else move_to(batch, device), _TOOL)
+        _check_finite(pooled)
+    return pooled
+
+
+def _check_finite(pooled: dict[str, tuple[int, Tensor, Tensor]]) -> None:
     for path, (_, mean, m2) in pooled.items():
         if not bool(torch.isfinite(mean).all() and torch.isfinite(m2).all()):
             raise DataError(
@@ -339,7 +360,6 @@ def _measure(
                 why="its mean and variance would be NaN.",
                 at=path,
             )
-    return pooled
 
 
 def _merge(a: tuple[int, Tensor, Tensor], b: tuple[int, Tensor, Tensor]) -> tuple[int, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from batchnorm.network.model import check_model
 
-_ATTRIBUTE = "_batchnorm_record"
+ATTRIBUTE = "_batchnorm_record"
 LEFT_ALONE = "left alone"
 _WIDTH = 140
 
@@ -193,12 +193,41 @@ def record(network: torch.nn.Module) -> Record:
     ['0']
     """
     check_model(network, "record")
-    return _of(network)
+    return Record([*_of(network).rows, *_live(network)])
 
 
 def _of(network: torch.nn.Module) -> Record:
-    found = getattr(network, _ATTRIBUTE, None)
+    found = getattr(network, ATTRIBUTE, None)
     return found if isinstance(found, Record) else Record()
+
+
+def _live(network: torch.nn.Module) -> list[Row]:
+    """What is known only of the network that runs, and not of a copy: what its compiler told."""
+    told = getattr(getattr(network, "_compiled_call_impl", None), "rows", None)
+    if told is not None:
+        return told()
+    if any(row.action == "accelerated" for row in _of(network)):
+        why = "a copy, or loaded: it runs as plain torch, for what is compiled is not copied; accelerate it again"
+        return [Row("", type(network).__name__, LEFT_ALONE, "", why, "accelerate")]
+    return []
+
+
+def forget_tool(network: torch.nn.Module, tool: str) -> None:
+    """Take the rows of one tool out of a network's record, and the record away where nothing is left.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        The network that the rows tell of; changed in place.
+    tool : str
+        As in :class:`Row`.
+    """
+    present = _of(network).rows
+    kept = [row for row in present if row.tool != tool]
+    if kept:
+        object.__setattr__(network, _ATTRIBUTE, Record(kept))
+    elif present:
+        network.__dict__.pop(_ATTRIBUTE, None)
 
 
 def write_record(network: torch.nn.Module, rows: Record) -> torch.nn.Module:
@@ -217,5 +246,5 @@ def write_record(network: torch.nn.Module, rows: Record) -> torch.nn.Module:
         ``network``.
     """
     # a new object: a copy of the network made earlier may still hold the old one
-    object.__setattr__(network, _ATTRIBUTE, Record([*_of(network).rows, *rows.rows]))
+    object.__setattr__(network, ATTRIBUTE, Record([*_of(network).rows, *rows.rows]))
     return network

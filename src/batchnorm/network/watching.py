@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.network.flow import Value, View, append_call, canonical
 from batchnorm.network.kinds import has_hooks, is_layer, is_norm
+from batchnorm.network.undo import Undo, hook_everywhere, set_modes, stop_gradients
 
 
 def _is_step(module: nn.Module) -> bool:
@@ -189,15 +189,10 @@ def modes(model: nn.Module, training: bool | None) -> Iterator[None]:
     None
         Inside, the mode holds.
     """
-    saved = [(m, m.training) for m in model.modules()]
-    try:
-        if training is not None:
-            for m, _ in saved:
-                m.training = training
+    end = Undo(always=True)
+    with end, end:
+        set_modes(end, model, training)
         yield
-    finally:
-        for m, flag in saved:
-            m.training = flag
 
 
 def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[View, dict[int, set[str]], Any]:
@@ -222,18 +217,13 @@ def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[View, dict[int, set
     """
     view = View("", False, "run")
     seen = _Watch(model, view)
-    handles = [
-        module_hooks.register_module_forward_pre_hook(seen.enter),
-        module_hooks.register_module_forward_hook(seen.leave, with_kwargs=True),
-    ]
-    try:
-        with modes(model, False), torch.no_grad(), seen:
+    end = Undo(always=True)
+    with end, end:
+        hook_everywhere(end, seen.enter, seen.leave)
+        set_modes(end, model, False)
+        stop_gradients(end)
+        with seen:
             result = run()
-    finally:
-        for handle in handles:
-            handle.remove()
-            # torch forgets this part, and then takes a global hook to be there for ever
-            module_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
     returned = list(tensors_in(result))
     for tensor in returned:
         entry = seen.known.get(id(tensor))

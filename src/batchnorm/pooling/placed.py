@@ -98,8 +98,14 @@ def train_shards(
         mask is not None,
     )
     buffers = None if population is None else Tracking(*(_slice(t, plan) for t in population))
-    moved: Any = Tracking(*(_slice(t, plan) for t in tracking)) if isinstance(tracking, Tracking) else tracking
-    if plan.sliced is not None and tracking is not None and not (isinstance(tracking, Tracking) and _is_sliced(tracking)):
+    moved: Any = (
+        Tracking(*(_slice(t, plan) for t in tracking)) if isinstance(tracking, Tracking) else tracking
+    )
+    if (
+        plan.sliced is not None
+        and tracking is not None
+        and not (isinstance(tracking, Tracking) and _is_sliced(tracking))
+    ):
         moved = _whole(run, tracking, plan, path, z.shape[axis])
     y = run(
         local,
@@ -153,7 +159,9 @@ def infer_shards(
 
 
 def _placed(y: Tensor, z: Any, plan: _Plan) -> Tensor:
-    return type(z).from_local(y, plan.mesh, plan.placements, run_check=False, shape=z.shape, stride=z.stride())
+    return type(z).from_local(
+        y, plan.mesh, plan.placements, run_check=False, shape=z.shape, stride=z.stride()
+    )
 
 
 def _plan(z: Any, axis: int) -> _Plan:

@@ -1,0 +1,127 @@
+"""What stands in a rewritten graph: a norm, and what is done to its output, called as one.
+
+The statistics move as torch's own layer moves them: a NaN goes through, and counts are the graph's.
+Whatever our engine has no kernel for goes the way it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm.autograd import normalize_batch, normalize_population, observed
+from batchnorm.functional import Options
+from batchnorm.kernels.activations import activate
+from batchnorm.kernels.contract import Norm
+from batchnorm.kernels.select import select
+from batchnorm.population import Tracking
+
+NATIVE = frozenset({"cpu"})
+"""Engines that are faster than torch's own batch norm; elsewhere a graph runs as it was written."""
+
+
+def _written(
+    z: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    y = F.batch_norm(z, mean, var, gamma, beta, training, momentum, eps)
+    return activate(y if residual is None else y + residual, activation)
+
+
+def torch_training(eps: float, activation: str | None) -> Callable[..., Tensor]:
+    """Make the call of a norm in training, with what follows it.
+
+    Parameters
+    ----------
+    eps : float
+        Added to the variance.
+    activation : str or None
+        One of `batchnorm.kernels.contract.ACTIVATIONS`.
+
+    Returns
+    -------
+    callable
+        Of (z, running_mean, running_var, gamma, beta, momentum, residual).
+    """
+
+    def batch_norm_training(
+        z: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        momentum: float,
+        residual: Tensor | None,
+    ) -> Tensor:
+        tracking = None
+        if mean is not None and var is not None:
+            tracking = Tracking(mean, var, momentum=momentum, skip_nonfinite=False)
+        engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
+        if engine.name in NATIVE and not observed(z) and engine.takes(z, norm, tracking):
+            return normalize_batch(z, norm, tracking)
+        return _written(z, mean, var, gamma, beta, True, momentum, eps, residual, activation)
+
+    return batch_norm_training
+
+
+def torch_inference(eps: float, activation: str | None) -> Callable[..., Tensor]:
+    """Make the call of a norm in inference, with what follows it.
+
+    Parameters
+    ----------
+    eps, activation
+        As for :func:`torch_training`.
+
+    Returns
+    -------
+    callable
+        Of (z, running_mean, running_var, gamma, beta, residual).
+    """
+
+    def batch_norm_inference(
+        z: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
+        if engine.name in NATIVE and not observed(z) and engine.takes(z, norm, Tracking(mean, var)):
+            return normalize_population(z, norm, mean, var)
+        return _written(z, mean, var, gamma, beta, False, 0.0, eps, residual, activation)
+
+    return batch_norm_inference
+
+
+def ours(step: Callable[..., Tensor], options: Options) -> Callable[..., Tensor]:
+    """Make the call of a layer of ours, with what follows it.
+
+    Parameters
+    ----------
+    step : callable
+        `batchnorm.functional.train_step` or ``infer_step``.
+    options : Options
+        With the activation.
+
+    Returns
+    -------
+    callable
+        Of (z, gamma, beta, residual, and what else ``step`` takes).
+    """
+
+    def batch_norm(*arguments: Any) -> Tensor:
+        return step(*arguments, options)
+
+    return batch_norm

@@ -1,0 +1,122 @@
+"""A model compiled in place with our backend, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.jit import ScriptModule
+
+from batchnorm.network.accelerate.running import Accelerated, compiled_for
+from batchnorm.network.accelerate.told import TOOL
+from batchnorm.network.accelerate.verify import compile_ahead, verify
+from batchnorm.network.model import check_model
+from batchnorm.network.record import Record, forget_tool, write_record
+
+_PLACE = "_compiled_call_impl"  # where torch.nn.Module.compile puts what a call runs
+
+
+def accelerate(model: nn.Module, example: Any = None, *, both_modes: bool = False) -> nn.Module:
+    """Make a network faster, and nothing else.
+
+    The model is compiled in place, as ``Module.compile`` does it, with the TorchDynamo backend of this package:
+    Dynamo follows the Python of the forward and guards what it rests on; in its graphs each batch norm, and the sum
+    and activation behind it, become one call of our operator; the rest runs as it was written, by torch, at once
+    and without a compiler. Layers stay what they are. Running statistics move as the layer's own rules say:
+    torch's for torch's layers, ours for ours (`convert` with ``"batchnorm"`` makes them ours).
+
+    Parameters
+    ----------
+    model : Module
+        Any network, in any mode. Its call is replaced, nothing else of it is.
+    example : Tensor, tuple, dict, or None
+        An input: a tensor, positional arguments, or keyword arguments. With it, copies of the network and of the
+        accelerated one are run in both modes, and outputs, gradients and statistics compared, before the model is
+        handed back; and what was compiled for the copies in its mode serves it from the first call on.
+    both_modes : bool, default False
+        With an example: compile ahead for training and for eval, rather than for the model's own mode alone.
+
+    Returns
+    -------
+    Module
+        ``model``. ``batchnorm.record(model)``, after a call, tells graphs, what became of each norm, and why.
+
+    Raises
+    ------
+    ArgumentError
+        ``model`` is no network.
+    VerificationError
+        With an example: the answers differ. The model is as it was given.
+
+    Notes
+    -----
+    The first call of each mode compiles, which takes seconds in a deep network.
+
+    Copies (``copy.deepcopy``, pickling, ``torch.save``) hold the plain network: accelerate them again. Tracers,
+    exporters, an outer ``torch.compile``, and transformations such as ``torch.func`` are given the plain network.
+
+    Examples
+    --------
+    >>> import torch, batchnorm
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU())
+    >>> model = batchnorm.accelerate(model)
+    >>> type(model[1]).__module__
+    'torch.nn.modules.batchnorm'
+    """
+    check_model(model, TOOL)
+    told = Record()
+    reason = _why_not(model)
+    if reason:
+        told.leave("", type(model).__name__, reason, tool=TOOL)
+        return write_record(model, told)
+    restore(model)
+    if example is not None:
+        verify(model, example)
+        compile_ahead(model, example, (True, False) if both_modes else (model.training,))
+    object.__setattr__(model, _PLACE, Accelerated(model, compiled_for(model)))
+    told.add("", type(model).__name__, "accelerated", tool=TOOL)
+    return write_record(model, told)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Take off what :func:`accelerate` put on; the model is as it was before.
+
+    Parameters
+    ----------
+    model : Module
+        Any network. Changed in place; its layers were never changed.
+
+    Returns
+    -------
+    Module
+        ``model``. To give layers of ours back to ``torch.nn``: ``batchnorm.convert(model, "torch")``.
+
+    Raises
+    ------
+    ArgumentError
+        ``model`` is no network.
+
+    Examples
+    --------
+    >>> import torch, batchnorm
+    >>> model = torch.nn.BatchNorm1d(4)
+    >>> vars(batchnorm.restore(batchnorm.accelerate(model))).get("_compiled_call_impl") is None
+    True
+    """
+    check_model(model, "restore")
+    for module in model.modules():
+        if isinstance(module.__dict__.get(_PLACE), Accelerated):
+            del module.__dict__[_PLACE]
+        forget_tool(module, TOOL)
+    return model
+
+
+def _why_not(model: nn.Module) -> str:
+    if isinstance(model, ScriptModule):
+        return "it is TorchScript, in which Dynamo sees nothing: accelerate the network it was made from"
+    present = getattr(model, _PLACE, None)
+    if present is not None and not isinstance(present, Accelerated):
+        return "it is compiled in place already, and that compiler decides"
+    if hasattr(model, "_orig_mod") and hasattr(model, "dynamo_ctx"):
+        return "it is compiled already, and that compiler decides"
+    return ""

@@ -1,0 +1,231 @@
+"""What stands in the place of an accelerated model's call."""
+
+from __future__ import annotations
+
+import time
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet, WeakValueDictionary
+
+import torch
+from torch import nn
+from torch.fx import _symbolic_trace
+
+from batchnorm.compiling import MARK
+from batchnorm.network.accelerate.told import TOOL, Graph, first_line, rows
+from batchnorm.network.record import LEFT_ALONE, Row
+
+
+class Accelerated:
+    """A model's call: compiled, or plain where somebody else is to see the model.
+
+    Parameters
+    ----------
+    model : Module
+        Whose call it is.
+    compiled : Compiled
+        What runs it; shared by models that look alike.
+    """
+
+    def __init__(self, model: nn.Module, compiled: Compiled) -> None:
+        self.model, self.compiled = model, compiled
+        self.given_up = ""
+        compiled.models.add(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.given_up or stands_aside():
+            return self.model._call_impl(*args, **kwargs)
+        compiled = self.compiled
+        seen, began = compiled.events, time.perf_counter()
+        try:
+            return compiled.run(self.model, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if not compiled.is_of_whole_call(error):
+                # a part has run, and must not run again
+                raise error.__cause__ or error from None
+            failure = error
+        finally:
+            if compiled.events != seen:
+                compiled.settle(time.perf_counter() - began)
+        # what is wrong with the call, the plain model says in its own words
+        result = self.model._call_impl(*args, **kwargs)
+        self.given_up = f"Dynamo cannot follow it: {first_line(str(failure))}"
+        warnings.warn(
+            f"accelerate: {compiled.name} runs as plain torch from now on. {self.given_up}", stacklevel=2
+        )
+        return result
+
+    def rows(self) -> list[Row]:
+        """What the compiler told so far, for a record."""
+        told = rows(self.compiled.graphs, self.compiled.recompiled, self.compiled.seconds)
+        if self.given_up:
+            told.append(Row("", type(self.model).__name__, LEFT_ALONE, "", self.given_up, TOOL))
+        return told
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copy of the model is the plain one
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_plain, ())
+
+
+def _plain() -> None:
+    return None
+
+
+def stands_aside() -> bool:
+    """Whether a call is followed or transformed by somebody, who is to see the plain model."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or _symbolic_trace._is_fx_tracing_flag
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class Compiled:
+    """The compiled call of all models that look alike, and what its compiler told.
+
+    Parameters
+    ----------
+    name : str
+        For profilers and messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.graphs: list[Graph] = []
+        self.recompiled: list[str] = []
+        self.seconds = 0.0
+        self.events = 0
+        self.models: WeakSet[nn.Module] = WeakSet()
+        self._failures: list[tuple[types.CodeType, str]] = []
+        self.run = self._first
+
+    def _first(self, *args: Any, **kwargs: Any) -> Any:
+        # Dynamo takes a second or more to import: not before it is needed
+        self.run = self._compile()
+        self.events += 1
+        return self.run(*args, **kwargs)
+
+    def _compile(self) -> Callable[..., Any]:
+        from torch import _dynamo
+
+        from batchnorm.network.accelerate.backend import compile_graph
+
+        def batchnorm(module: Any, inputs: Any) -> Callable[..., Any]:
+            run, graph = compile_graph(module, inputs, list(self.models))
+            self.graphs.append(graph)
+            self.events += 1
+            return run
+
+        setattr(batchnorm, MARK, True)
+        # a code object of their own, for Dynamo counts what it compiles by code, over all models of a process
+        code = _call.__code__.replace(co_name=f"accelerated_{self.name}")
+        call = types.FunctionType(code, _call.__globals__)
+        try:
+            return _dynamo.optimize(batchnorm, guard_fail_fn=self._failed, isolate_recompiles=True)(call)
+        except TypeError:  # before torch 2.13
+            return _dynamo.optimize(batchnorm, guard_fail_fn=self._failed)(call)
+
+    def _failed(self, failure: Any) -> None:
+        self._failures.append((failure.orig_code, _shortened(failure.reason)))
+        self.events += 1
+
+    def is_of_whole_call(self, error: Any) -> bool:
+        """Whether Dynamo failed on the call as a whole, so that nothing has run, rather than on a part of it."""
+        stack = getattr(error, "real_stack", None)
+        return bool(stack) and stack[0].name == f"accelerated_{self.name}"
+
+    def settle(self, seconds: float) -> None:
+        """Take note of what happened in a call that compiled, or would have.
+
+        Parameters
+        ----------
+        seconds : float
+            That it took.
+        """
+        self.seconds += seconds
+        failures, self._failures = self._failures, []
+        codes = {code: [reason for c, reason in failures if c is code] for code, _ in failures}
+        for code, reasons in codes.items():
+            limit = _limit_hit(code, len(reasons))
+            if not limit:
+                self.recompiled.append(reasons[-1])
+                continue
+            name = f"torch._dynamo.config.{limit}"
+            value = getattr(torch._dynamo.config, limit)
+            warnings.warn(
+                f"accelerate: {code.co_name} of {self.name} was compiled {len(reasons)} times, and changed "
+                f"again: from now on what is new runs as plain torch. The limit is {name} = {value}; raise it by "
+                f"assigning a larger number before the first call. What changed last: {reasons[-1]}",
+                stacklevel=3,
+            )
+            self.recompiled.append(f"none any more, for {name} = {value} is reached")
+
+
+def _shortened(reason: str) -> str:
+    """The guard that failed, without its number, its place in torch, and the stack."""
+    return reason.splitlines()[0].split("  #")[0].partition(": ")[2].strip() or reason
+
+
+def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model._call_impl(*args, **kwargs)
+
+
+def _limit_hit(code: types.CodeType, failures: int) -> str:
+    """Name of the limit that forbids compiling a code once more, where that many compiled ones did not fit."""
+    config = torch._dynamo.config
+    if failures >= config.recompile_limit:
+        return "recompile_limit"
+    total = getattr(torch._dynamo.eval_frame, "_get_total_cache_entry_count", lambda code: 0)
+    return "accumulated_recompile_limit" if total(code) >= config.accumulated_recompile_limit else ""
+
+
+_COMPILED: WeakValueDictionary[Any, Compiled] = WeakValueDictionary()
+
+
+def compiled_for(model: nn.Module) -> Compiled:
+    """Give the compiled call for a model: the same for all that look alike, so that they share what is compiled.
+
+    Parameters
+    ----------
+    model : Module
+        Looked at, not changed.
+
+    Returns
+    -------
+    Compiled
+        Dynamo's guards decide whether what it holds fits; looks decide no more than where it is kept.
+    """
+    key = _looks(model)
+    found = _COMPILED.get(key)
+    if found is None:
+        found = _COMPILED[key] = Compiled(type(model).__name__)
+    return found
+
+
+def _looks(model: nn.Module) -> tuple[Any, ...]:
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (
+            path,
+            type(m),
+            tuple(
+                (k, v)
+                for k, v in vars(m).items()
+                if type(v) in plain and k not in ("training", "_is_full_backward_hook")
+            ),
+            tuple(
+                (k, t if t is None else (tuple(t.shape), t.dtype, t.device))
+                for table in (m._parameters, m._buffers)
+                for k, t in table.items()
+                if not isinstance(t, nn.parameter.UninitializedTensorMixin)
+            ),
+        )
+        for path, m in model.named_modules(remove_duplicate=False)
+    )

@@ -1,0 +1,175 @@
+"""Whether an accelerated network gives the answers of the plain one: outputs, gradients and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.errors import VerificationError
+from batchnorm.network.accelerate.running import Accelerated, compiled_for
+from batchnorm.network.example import call_with, copied
+
+_WORSE = 8.0
+"""How many times the plain network's own error is allowed. Both round the same sums in another order."""
+
+_ROUNDING = 64.0
+"""How many units in the last place, on the scale of the quantity, are allowed beside that."""
+
+
+class _Answers(NamedTuple):
+    """What one pass gives, by name; gradients share one scale, for one may be zero but for rounding."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+
+
+def verify(model: nn.Module, example: Any) -> None:
+    """Compare copies of a network, plain and accelerated, in both modes.
+
+    Where they are not equal, the plain network in float64 is the arbiter: the accelerated one may be as far from it
+    as the plain one is, a few times over, and by the rounding of its dtype on the scale of what is compared. The
+    scale of a gradient is the largest of all parameters' gradients.
+
+    Parameters
+    ----------
+    model : Module
+        Not changed.
+    example : Tensor, tuple or dict
+        An input.
+
+    Raises
+    ------
+    VerificationError
+        They differ.
+    """
+    for training in (True, False):
+        plain = _answers(_plain_copy(model), example, training)
+        ours = _answers(_fast_copy(model), example, training)
+        arbiter = None
+        for kind in _Answers._fields:
+            wanted, given = getattr(plain, kind), getattr(ours, kind)
+            if wanted.keys() != given.keys():
+                raise _differ(kind, training, "one has what the other has not")
+            for name, expected in wanted.items():
+                got = given[name]
+                if got.shape != expected.shape or got.dtype != expected.dtype:
+                    raise _differ(f"{kind} of {name}", training, f"{got.dtype} {tuple(got.shape)}")
+                if torch.equal(got, expected):
+                    continue
+                arbiter = arbiter or _exact(model, example, training) or plain
+                exact = getattr(arbiter, kind).get(name)
+                if exact is None or exact.shape != expected.shape:
+                    exact = expected
+                scale = _largest(getattr(arbiter, kind).values() if kind == "gradients" else [exact])
+                why = _too_far(got, expected, exact, scale)
+                if why:
+                    raise _differ(f"{kind} of {name}", training, why)
+
+
+def compile_ahead(model: nn.Module, example: Any, modes: tuple[bool, ...]) -> None:
+    """Compile for a network, by running copies of it that look alike.
+
+    Parameters
+    ----------
+    model : Module
+        Not changed; what is compiled is its own from now on.
+    example : Tensor, tuple or dict
+        An input.
+    modes : tuple of bool
+        Training or not.
+    """
+    for training in modes:
+        _answers(_fast_copy(model), example, training)
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    return copied(model)
+
+
+def _fast_copy(model: nn.Module) -> nn.Module:
+    twin = copied(model)
+    object.__setattr__(twin, "_compiled_call_impl", Accelerated(twin, compiled_for(model)))
+    return twin
+
+
+def _exact(model: nn.Module, example: Any, training: bool) -> _Answers | None:
+    """The plain network's answers in float64; None where it does not run in float64."""
+    try:
+        return _answers(copied(model).double(), _double(example), training)
+    except Exception:  # a forward of somebody else may raise anything
+        return None
+
+
+def _double(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.double() if tree.is_floating_point() else tree
+    if isinstance(tree, Mapping):
+        return {key: _double(item) for key, item in tree.items()}
+    return type(tree)(map(_double, tree)) if type(tree) in (tuple, list) else tree
+
+
+def _answers(model: nn.Module, example: Any, training: bool) -> _Answers:
+    """One pass, the random numbers the same every time."""
+    # modes below the model's own stay: what is frozen by eval() is so in training
+    if training != model.training:
+        model.train(training)
+    model.zero_grad(set_to_none=True)
+    with torch.random.fork_rng(), torch.set_grad_enabled(True):
+        torch.manual_seed(0)
+        outputs = list(_tensors(call_with(model, example)))
+        parts = [o.float().square().mean() for o in outputs if o.requires_grad and o.is_floating_point()]
+        if parts:
+            torch.stack(parts).sum().backward()
+    return _Answers(
+        {f"output {i}": o.detach() for i, o in enumerate(outputs)},
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+        {name: b.detach().clone() for name, b in model.named_buffers()},
+    )
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from _tensors(item)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _tensors(item)
+    elif hasattr(tree, "__dataclass_fields__"):
+        for name in tree.__dataclass_fields__:
+            yield from _tensors(getattr(tree, name, None))
+
+
+def _largest(tensors: Any) -> float:
+    return max(
+        (float(t.detach().double().abs().nan_to_num(0, 0, 0).max()) for t in tensors if t.numel()),
+        default=0.0,
+    )
+
+
+def _too_far(got: Tensor, plain: Tensor, exact: Tensor, scale: float) -> str:
+    if not got.is_floating_point():
+        # indices and masks may flip on a tie: the floating values beside them decide
+        return ""
+    a, b, c = got.double(), plain.double(), exact.double()
+    finite = b.isfinite()
+    if not torch.equal(finite, a.isfinite()):
+        return "NaN or inf where the other has none"
+    if not bool(finite.any()):
+        return ""
+    ours, theirs = (float((v - c)[finite].abs().max()) for v in (a, b))
+    allowed = _WORSE * theirs + _ROUNDING * torch.finfo(got.dtype).eps * scale
+    return "" if ours <= allowed else f"{ours:.2g} from the exact values, the plain network {theirs:.2g}"
+
+
+def _differ(what: str, training: bool, how: str) -> VerificationError:
+    return VerificationError(
+        f"accelerate: {what} differ from the given network's in {'training' if training else 'eval'} mode: {how}.",
+        why="it would not compute what you gave.",
+        mend="the model is as it was; please report its architecture.",
+    )
