@@ -143,7 +143,7 @@ def test_a_linear_layer_takes_the_norm_of_two_axes() -> None:
         nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2), nn.BatchNorm1d(2)
     )
     folded = check(net, torch.randn(5, 4), left=[])
-    assert type(folded[1]) is nn.Identity
+    assert isinstance(folded[1], nn.Identity)
 
 
 def test_a_norm_over_the_sequence_axis_is_not_folded_into_the_features() -> None:
@@ -391,10 +391,10 @@ class Same(nn.Conv2d):
 @pytest.mark.parametrize(
     ("norm", "rest"),
     [
-        (Frozen, "Identity"),
+        (Frozen, "FoldedAway"),
         (WithActivation, "SiLU"),
-        (nn.SyncBatchNorm, "Identity"),
-        (batchnorm.BatchNorm2d, "Identity"),
+        (nn.SyncBatchNorm, "FoldedAway"),
+        (batchnorm.BatchNorm2d, "FoldedAway"),
         (lambda c: batchnorm.BatchNorm2d(c, activation="gelu"), "GELU"),
         (lambda c: batchnorm.BatchNorm2d(c, activation="leaky_relu"), "LeakyReLU"),
     ],

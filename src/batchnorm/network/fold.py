@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from batchnorm.errors import ArgumentError, BatchNormError, TraceError, VerificationError
-from batchnorm.network.affine import affine_of, fold_into_after, fold_into_before, fold_into_norm
-from batchnorm.network.example import call_with, copied
+from batchnorm.errors import ArgumentError, BatchNormError, TraceError
+from batchnorm.network.example import copied
+from batchnorm.network.fold_check import check
 from batchnorm.network.folding import Folding
 from batchnorm.network.graph import Flow, batch_norms, find_flow
 from batchnorm.network.model import check_model
 from batchnorm.network.record import Record, write_record
 from batchnorm.network.undo import Undo, keep_modules
-from batchnorm.network.verify import difference, precision_of
-from batchnorm.network.watching import modes, tensors_in
 
 
 def fold(model: nn.Module, example: Any = None) -> nn.Module:
@@ -48,7 +44,8 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        Of the same class, in eval mode. A folded norm is now ``torch.nn.Identity``, so that names stay; what
+        Of the same class, in eval mode. A folded norm is now an Identity, so that names stay, and one that
+        ``torch.fx`` passes over, so that what stood around it can be fused; it is saved as torch's. What
         ``insert`` made is a plain layer again. Dtype, device, memory format and ``requires_grad`` stay.
 
     Raises
@@ -58,10 +55,17 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
     TraceError
         The network fails on the example.
     VerificationError
-        The folded copy does not give the same answers.
+        The folded copy does not give the same answers, or nothing in the answers can be compared.
 
     Notes
     -----
+    The answers may be of any structure. More than rounding is what the given network itself does not make of a
+    change of one unit in the last place of the same layers. Where the answers hold no number, or others each
+    time, the output of each folded layer is compared.
+
+    What a library's ``save_pretrained`` writes is read into a network that has the norms again; of a folded
+    network it raises. Save its ``state_dict()``, or save the given network and fold after loading.
+
     Without an example, a Linear layer followed by a norm over axis 1 is folded for (N, C) data, and the
     :class:`FoldedNorm` in the norm's place refuses other data.
 
@@ -77,7 +81,7 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
     >>> folded = batchnorm.fold(net)
     >>> folded[1]
-    Identity()
+    FoldedAway()
     >>> x = torch.randn(2, 3, 9, 9)
     >>> torch.allclose(folded(x), net(x), atol=1e-5)
     True
@@ -95,10 +99,12 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
         keep_modules(undo, model.modules())
         flow = _look(model, example)
         result = copied(model).eval()
-        work = Folding(model, result, flow, certain=example is not None, alone=flow.result is None)
+        work = Folding(model, result, flow, certain=example is not None, alone=flow.example is None)
         work.fold_all()
-        if work.steps and flow.result is not None:
-            _verify(flow, result, work.steps)
+        if work.steps and flow.example is not None:
+            check(model, flow.example, result, work.steps)
+        if work.steps:
+            refuse_to_save(result)
         return write_record(result, work.record())
 
 
@@ -114,65 +120,23 @@ def _look(model: nn.Module, example: Any) -> Flow:
         ) from error
 
 
-def _verify(flow: Flow, result: nn.Module, steps: list[tuple[str, str, str]]) -> None:
-    """Compare the answers of the copy with those that the given network gave when it was looked at."""
-    state = torch.get_rng_state()
+def refuse_to_save(result: nn.Module) -> None:
+    """Let ``save_pretrained`` of a folded network, or of a part that is, raise.
 
-    def answers(network: nn.Module, example: Any) -> list[Tensor]:
-        # the state in which the network was run to be looked at, so that random parts draw the same
-        torch.set_rng_state(state)
-        with torch.no_grad(), modes(network, False):
-            return list(tensors_in(call_with(network, example)))
+    Parameters
+    ----------
+    result : torch.nn.Module
+        The folded network; changed in place.
+    """
+    for module in result.modules():
+        if hasattr(type(module), "save_pretrained"):
+            object.__setattr__(module, "save_pretrained", _no_pretrained)
 
-    before = list(tensors_in(flow.result))
-    precision, depth = precision_of(before), 1 + len(steps)
-    # rounding grows with depth; in half precision a bound that never fails would check nothing
-    allowed = 64 * precision * depth if precision < 1e-6 else 4 * precision * depth**0.5
-    try:
-        off = difference(before, answers(result, flow.example))
-        if off <= allowed or difference(before, answers(flow.model, flow.example)) > allowed:
-            return  # the second: it does not give the same answer twice by itself, so nothing can be compared
-        if off < 1 and _difference_in_float64(flow, steps, answers) <= 1e-3 * off:
-            return
-    except Exception as error:
-        raise VerificationError(
-            f"fold: the folded network fails where the given one does not: {type(error).__name__}: {error}",
-            why="some of its code looks at a norm that is now Identity.",
-            mend="keep the network as it is, and report it.",
-        ) from error
-    finally:
-        torch.set_rng_state(state)
-    raise VerificationError(
-        f"fold: the folded network does not give the same answers: relative difference {off:.3g}, "
-        f"allowed {allowed:.3g}.",
-        why=f"{len(steps)} norms were folded, and at least one of them should not have been.",
-        mend="keep the network as it is, and report it.",
+
+def _no_pretrained(*args: Any, **named: Any) -> None:
+    raise ArgumentError(
+        "save_pretrained: batch norms of this network were folded away.",
+        why="from_pretrained makes the network with its batch norms again, finds no values for them, and gives "
+        "other answers.",
+        mend="save the network it was folded from and fold after loading; or torch.save(folded.state_dict(), ...).",
     )
-
-
-def _difference_in_float64(
-    flow: Flow, steps: list[tuple[str, str, str]], answers: Callable[[nn.Module, Any], list[Tensor]]
-) -> float:
-    """How far the same fold of the same network is off in float64, where rounding plays no part."""
-    ways = {"before": fold_into_before, "after": fold_into_after, "norm": fold_into_norm}
-    try:
-        wide_model, example = copied(flow.model).eval().double(), _doubled(flow.example)
-        wide_result = copied(wide_model)
-        for way, norm_path, path in steps:
-            affine = affine_of(wide_result.get_submodule(norm_path))
-            ways[way](wide_result.get_submodule(path), affine)
-            above, _, last = norm_path.rpartition(".")
-            wide_result.get_submodule(above)._modules[last] = affine.tail.eval()
-        return difference(answers(wide_model, example), answers(wide_result, example))
-    except Exception:
-        return float("inf")  # code that asks for one dtype: the doubt stays
-
-
-def _doubled(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.double() if tree.is_floating_point() else tree
-    if isinstance(tree, (tuple, list)):
-        return [_doubled(item) for item in tree]
-    if isinstance(tree, Mapping):
-        return {key: _doubled(tree[key]) for key in tree}
-    return tree

@@ -35,6 +35,24 @@ from batchnorm.network.record import Record
 TOOL = "fold"
 
 
+class FoldedAway(nn.Identity):
+    """What stands where a norm was: nothing is done, and the name stays.
+
+    Not of ``torch.nn``, so ``torch.fx`` takes it for no step, and a layer and an activation around it are
+    neighbours to whoever fuses them. It is pickled as ``torch.nn.Identity``: a folded network that is saved
+    whole loads where this package is not installed.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedAway:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return nn.Identity, (), self.__dict__
+
+
 class FoldedNorm(nn.Identity):
     """What stands for a folded norm of a Linear layer when the number of axes of its data was not known.
 
@@ -60,7 +78,7 @@ class FoldedNorm(nn.Identity):
         ShapeError
             ``input`` has another number of axes.
         """
-        if input.dim() != 2:
+        if isinstance(input, Tensor) and input.dim() != 2:  # no tensor: a tracer looks on
             raise ShapeError(
                 f"fold: a norm was folded into a Linear layer for (N, C) data, and this is {tuple(input.shape)}.",
                 why="on more axes the norm's channels are not the layer's features.",
@@ -394,12 +412,12 @@ class Folding:
         self.done[norm_path] = f"into {path} {'behind' if way == 'after' else 'before'} it"
 
     def _replace(self, norm: nn.Module, by: nn.Module) -> None:
-        by.eval()
+        by = (FoldedAway() if type(by) is nn.Identity else by).eval()
         for name in self.flow.names(norm):
             above, _, last = name.rpartition(".")
             parent = self.result.get_submodule(above)
             parent._modules[last] = by
-            if type(parent) is Normalized and type(by) is nn.Identity and not has_hooks(parent):
+            if type(parent) is Normalized and type(by) is FoldedAway and not has_hooks(parent):
                 over, _, place = above.rpartition(".")
                 if above:
                     self.result.get_submodule(over)._modules[place] = parent.layer

@@ -225,9 +225,9 @@ def forget_tool(network: torch.nn.Module, tool: str) -> None:
     present = _of(network).rows
     kept = [row for row in present if row.tool != tool]
     if kept:
-        object.__setattr__(network, _ATTRIBUTE, Record(kept))
+        object.__setattr__(network, ATTRIBUTE, Record(kept))
     elif present:
-        network.__dict__.pop(_ATTRIBUTE, None)
+        network.__dict__.pop(ATTRIBUTE, None)
 
 
 def write_record(network: torch.nn.Module, rows: Record) -> torch.nn.Module:

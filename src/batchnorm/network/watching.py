@@ -10,13 +10,13 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchnorm.network.compare import leaves
 from batchnorm.network.flow import Value, View, append_call, canonical
 from batchnorm.network.kinds import has_hooks, is_layer, is_norm
 from batchnorm.network.undo import Undo, hook_everywhere, set_modes, stop_gradients
@@ -148,7 +148,7 @@ class _Watch(TorchDispatchMode):
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a result: nested tuples, lists, dictionaries, data classes and model outputs.
+    """Every tensor in a result: in containers, data classes and other objects.
 
     Parameters
     ----------
@@ -160,17 +160,7 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     torch.Tensor
         In the order in which they are stored.
     """
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors_in(item)
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for item in vars(tree).values():
-            yield from tensors_in(item)
+    yield from (leaf for _, leaf in leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
 @contextmanager
