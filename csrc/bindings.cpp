@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 
 #include <cmath>
+#include <utility>
 
 #include "placement.h"
 #include "pool.h"
@@ -87,6 +88,9 @@ auto with_accumulator(DType t, F f) {
     return t == DType::f64 ? f(double{}) : f(float{});
 }
 
+// called with the running mean of a batch of which a channel was skipped
+PyObject *on_skip = nullptr;
+
 // a short call would spend longer on handing the interpreter's lock over than on its work
 template <class F>
 void without_lock(const Placement &at, F work) {
@@ -98,16 +102,13 @@ void without_lock(const Placement &at, F work) {
 // `t`: population.Tracking, a tuple
 template <class A>
 void read(Arguments &a, nb::handle t, Tracking<A> &out) {
-    const int64_t c = a.at.shape.c;
     out.running_mean = static_cast<A *>(a.vector(t[0]));
     out.running_var = static_cast<A *>(a.vector(t[1]));
     out.num_batches_tracked = a.counts(t[2], 1);
-    out.num_batches_skipped = a.counts(t[3], 1);
-    out.skipped_channels = a.counts(t[4], c);
-    out.average = nb::object(t[5]).is_none();
-    if (!out.average) out.momentum = nb::cast<double>(t[5]);
-    out.correction = nb::cast<int>(t[6]);
-    out.skip_nonfinite = nb::cast<bool>(t[7]);
+    out.average = nb::object(t[3]).is_none();
+    if (!out.average) out.momentum = nb::cast<double>(t[3]);
+    out.correction = nb::cast<int>(t[4]);
+    out.skip_nonfinite = nb::cast<bool>(t[5]);
 }
 
 nb::object call_forward(nb::handle z, int axis, nb::handle gamma, nb::handle beta, double eps, nb::handle residual,
@@ -133,8 +134,11 @@ nb::object call_forward(nb::handle z, int axis, nb::handle gamma, nb::handle bet
             saved = a.bits(p.mask);
         else if (p.residual && saved_for(p.activation) == Saved::residual)
             saved = nb::borrow(residual);
+        bool skipped = false;
+        p.skipped = &skipped;
         p.threads = team::threads();
         without_lock(a.at, [&] { forward(p); });
+        if (skipped) nb::borrow(on_skip)(nb::object(tracking[0]));
         return nb::make_tuple(y, mean, var, inv_std, saved);
     });
 }
@@ -267,6 +271,8 @@ NB_MODULE(_core, m) {
 
     m.def("use", [](nb::handle table) { tensors::use(table.ptr()); }, "table"_a,
           "Take and make tensors by this type's `__dlpack_c_exchange_api__`.");
+    m.def("call_on_skip", [](nb::object function) { Py_XDECREF(std::exchange(on_skip, function.release().ptr())); },
+          "function"_a, "Call this with the running mean whenever a channel of a batch was skipped.");
     m.def("takes", &takes, "z"_a, "axis"_a, "gamma"_a.none(), "beta"_a.none(), "residual"_a.none(),
           "running_mean"_a.none(), "running_var"_a.none(),
           "Whether a forward takes these as they are, two values a channel at least.");

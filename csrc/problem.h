@@ -11,7 +11,7 @@ namespace bn {
 template <class A>
 struct Tracking {
     A *running_mean = nullptr, *running_var = nullptr;  // nullptr: nothing is tracked
-    int64_t *num_batches_tracked = nullptr, *num_batches_skipped = nullptr, *skipped_channels = nullptr;
+    int64_t *num_batches_tracked = nullptr;
     double momentum = 0.1;
     bool average = false;  // momentum None: weight 1 / batches counted
     int correction = 1;
@@ -34,6 +34,7 @@ struct ForwardProblem {
     A *m2 = nullptr;
     double eps = 0;
     Tracking<A> tracking;
+    bool *skipped = nullptr;  // set where a channel's running statistics were spared
     int threads = 1;
 };
 

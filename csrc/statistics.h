@@ -9,24 +9,16 @@ void begin_tracking(const ForwardProblem<A> &p) {
     if ((p.parts & statistics) && p.tracking.num_batches_tracked) ++*p.tracking.num_batches_tracked;
 }
 
-template <class A>
-void end_tracking(const ForwardProblem<A> &p, int64_t skipped_channels) {
-    if (skipped_channels && p.tracking.num_batches_skipped) ++*p.tracking.num_batches_skipped;
-}
-
 // moves the running statistics of one channel; true: it was skipped
 template <class A>
 bool track(const Tracking<A> &t, int64_t c, A mean, A var, A corrected) {
     if (!t.running_mean) return false;
-    if (t.skip_nonfinite && !(std::isfinite(mean) && std::isfinite(var))) {
-        if (t.skipped_channels) ++t.skipped_channels[c];
-        return true;
-    }
+    if (t.skip_nonfinite && !(std::isfinite(mean) && std::isfinite(var))) return true;
     double w = t.momentum;
     if (t.average) {
-        int64_t seen = t.num_batches_tracked ? *t.num_batches_tracked : 1;
-        if (t.skipped_channels) seen -= t.skipped_channels[c];
-        w = 1.0 / static_cast<double>(std::max<int64_t>(seen, 1));
+        // as it began: there is no average yet
+        const bool begun = t.running_mean[c] != 0 || t.running_var[c] != 1;
+        w = begun && t.num_batches_tracked ? 1.0 / static_cast<double>(std::max<int64_t>(*t.num_batches_tracked, 1)) : 1.0;
     }
     const auto move = [w](A &running, A batch) {
         running = static_cast<A>((1.0 - w) * static_cast<double>(running) + w * static_cast<double>(batch));

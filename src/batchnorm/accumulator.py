@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from batchnorm import skips
 from batchnorm.population import Tracking, commit, merge
 
 
@@ -21,7 +22,6 @@ class _Pool:
         self.count = torch.zeros_like(like, dtype=dtype)
         self.mean = torch.zeros_like(like, dtype=dtype)
         self.m2 = torch.zeros_like(like, dtype=dtype)
-        self.skipped = torch.zeros((), dtype=torch.long, device=like.device)
 
     def add(self, count: int | Tensor, mean: Tensor, var: Tensor) -> None:
         with torch.no_grad():
@@ -35,21 +35,14 @@ class _Pool:
             keep = counts > 0
             if self.tracking.skip_nonfinite:
                 finite = torch.isfinite(mean) & torch.isfinite(var)
-                self.skipped.add_((keep & ~finite).any())
-                keep = keep & finite
+                keep = keep & ~skips.count(self.tracking.running_mean, keep & ~finite)
             values = (counts, mean.to(dtype), var.to(dtype) * counts)
             merged = merge(self.count, self.mean, self.m2, *values)
             for old, new in zip((self.count, self.mean, self.m2), merged, strict=True):
                 old.copy_(torch.where(keep, new, old))
 
     def commit(self) -> None:
-        tracking = self.tracking
-        if tracking.num_batches_skipped is not None:
-            tracking.num_batches_skipped.add_(self.skipped)
-        if tracking.skip_nonfinite and tracking.skipped_channels is not None:
-            # a channel with no finite micro-batch at all misses this step of the plain average
-            tracking.skipped_channels.add_((self.count == 0) & (self.count > 0).any())
-        commit(tracking, self.count, self.mean, self.m2 / self.count.clamp(min=1))
+        commit(self.tracking, self.count, self.mean, self.m2 / self.count.clamp(min=1))
 
 
 class Accumulator:

@@ -1,14 +1,14 @@
 """The differentiable operator: how one batch gets from the engines' operations into torch's graph.
 
-There are four ways into the same formulas, and `normalize_batch` / `normalize_population` choose:
+There are five ways into the same formulas, and `normalize_batch` / `normalize_population` choose:
 
 - **torch's own**, in eager and in compiled graphs, where the engine `torch` serves and there is neither mask nor
   pooling: torch's batch norm with what is ours around it (`batchnorm.kernels.torch`), differentiated by torch.
-
 - **eager**: an ``autograd.Function`` that calls the engine directly: its fused pair, or its slots
   (`batchnorm.steps`) where a mask or a pooling takes part. Running statistics move inside the fused call.
-- **compiled**: under ``torch.compile`` and ``torch.export`` the operators of `batchnorm.operators`, which
-  write to nothing; the running statistics move by ordinary torch operations in the same graph.
+- **compiled**: under ``torch.compile`` the operators of `batchnorm.operators`, which write to nothing; the
+  running statistics move by ordinary torch operations in the same graph.
+- **visible**: where a tracer or an exporter writes a graph down (`batchnorm.written`), torch's own batch norm.
 - **composite**: where something watches or transforms torch operations (``torch.func``, forward-mode
   derivatives, tensor subclasses, dispatch modes, meta tensors), plain torch operations, differentiated by
   torch. Derivatives of derivatives go this way too.
@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.nn import functional as F
 
-from batchnorm import operators, steps
+from batchnorm import operators, steps, visible
 from batchnorm.kernels import aten
 from batchnorm.kernels import torch as own
 from batchnorm.kernels.activations import activate
@@ -35,6 +34,7 @@ from batchnorm.layout import values_per_channel
 from batchnorm.population import Tracking
 from batchnorm.recording import Sink, tell
 from batchnorm.steps import Between, Constants
+from batchnorm.written import written_down
 
 
 def observed(z: Tensor) -> bool:
@@ -285,6 +285,10 @@ def normalize_batch(
     Tensor
         Of the shape, dtype and memory format of ``z``.
     """
+    if between is None and written_down():
+        if mask is None and (tracking is None or isinstance(tracking, Tracking)):
+            return visible.train(z, norm, tracking)
+        return _composite(z, norm, None, mask, tracking, fallback)
     if mask is None and between is None and _seen_by_torch(z):
         return _train_by_torch(z, norm, tracking)
     if torch.compiler.is_compiling():
@@ -319,33 +323,25 @@ def normalize_population(
     Tensor
         Of the shape, dtype and memory format of ``z``.
     """
-    axis, eps, gamma, beta, residual, activation, _ = norm
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        # torch's own operator: compilers fuse it, and exporters know its name
-        clean = z
-        if mask is not None:
-            clean = torch.where(mask, z, 0)
-            residual = None if residual is None else torch.where(mask, residual, 0)
-        swapped = clean if axis == 1 else clean.movedim(axis, 1)
-        y = F.batch_norm(swapped, mean, var, gamma, beta, False, 0.0, eps)
-        y = y if axis == 1 else y.movedim(1, axis)
-        y = activate(y if residual is None else y + residual, activation)
-        return y if mask is None else torch.where(mask, y, 0)
+    if torch.compiler.is_compiling() or written_down():
+        # compilers fuse torch's own operator, and exporters know its name
+        return visible.infer(z, norm, mean, var, mask)
     if mask is None and _seen_by_torch(z):
         if _recorded(z, norm):
             # copies: the live buffers may move before the backward comes
             mean, var = torch.stack((mean, var)).unbind()
         y = own.infer(z, norm, mean, var)
         return z.copy_(y) if inplace else y
+    residual = norm.residual
     if observed(z) or (residual is not None and residual.is_neg()):
         wide = aten.compute_dtype(z)
-        return _composite(z, norm, Moments(mean, (var.to(wide) + eps).rsqrt()), mask)
+        return _composite(z, norm, Moments(mean, (var.to(wide) + norm.eps).rsqrt()), mask)
     recorded = _recorded(z, norm)
     if mask is None and not recorded:
         return select(z).infer(z, norm, mean, var, z if inplace else None)
     dtype = aten.vector_dtype(z)
     # a copy of the mean: the live buffer may move before the backward comes
-    moments = Moments(mean.to(dtype, copy=True), aten.inverse_deviation(var, eps, dtype))
+    moments = Moments(mean.to(dtype, copy=True), aten.inverse_deviation(var, norm.eps, dtype))
     if recorded:
-        return _node(z, gamma, beta, residual, norm, moments, mask)
+        return _node(z, norm.gamma, norm.beta, residual, norm, moments, mask)
     return select(z).normalize(z, norm, moments, mask=mask)[0]

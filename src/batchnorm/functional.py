@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm import validation
+from batchnorm import validation, visible
 from batchnorm.autograd import normalize_batch, normalize_population
 from batchnorm.compiling import by_our_backend, one_step
 from batchnorm.kernels.contract import Norm
@@ -18,6 +18,7 @@ from batchnorm.pooling.placed import infer_shards, is_placed, train_shards
 from batchnorm.population import Tracking, count_empty
 from batchnorm.recording import Sink, Told, counting, tell
 from batchnorm.steps import Between
+from batchnorm.written import plain_shape, written_down
 
 __all__ = ["batch_norm"]
 
@@ -161,6 +162,11 @@ def batch_norm(
         masked_output,
         running_var_correction,
     )
+    if isinstance(input, torch.fx.Proxy):
+        if mask is not None or virtual_batch_size is not None or (training and not running_var_correction):
+            raise validation.no_symbol()
+        norm = Norm(channel_dim, eps, weight, bias, residual, activation)
+        return visible.record(input, (running_mean, running_var), norm, training, momentum)
     if input.dim() == 1 and input.numel() == 0:
         return input.clone()  # torch lets it pass
     if not training:
@@ -174,8 +180,6 @@ def batch_norm(
         tracking = Tracking(
             running_mean,
             running_var,
-            None,
-            None,
             None,
             momentum,
             running_var_correction,
@@ -334,11 +338,18 @@ def train(
     validation.check_tensors(z, axis, vectors, residual)
     tracking = counting(tracking)
     keep = None if mask is None else validation.spread_mask(mask, z, axis)
+    refuse = options.on_nonfinite == "raise"
+    if written_down():
+        if not plain or between is not None:
+            raise validation.not_written(
+                "inside accumulate" if between is None else "while it pools over ranks"
+            )
+        refuse = False  # what looks at values and raises is nothing that a graph of torch's can hold
     virtual = options.virtual_batch_size
-    if virtual is not None and z.shape[0] > virtual:
+    if virtual is not None and plain_shape(z)[0] > virtual:
         return _in_parts(z, norm, keep, masked_output, tracking, population, options, between, virtual)
-    if options.on_nonfinite == "raise" or not plain or between is not None:
-        tracking = _telling(tracking, options.on_nonfinite == "raise", between is not None)
+    if refuse or not plain or between is not None:
+        tracking = _telling(tracking, refuse, between is not None)
     return _one_batch(z, norm, keep, masked_output, tracking, population, options, between)
 
 
@@ -353,7 +364,7 @@ def _one_batch(
     between: Between | None,
 ) -> Tensor:
     if keep is None and between is None:
-        m = values_per_channel(z.shape, norm.axis)
+        m = values_per_channel(plain_shape(z), norm.axis)
         if m >= 2:
             return normalize_batch(z, norm, tracking)
         if m == 1 and options.on_single_value == "error":
@@ -388,10 +399,11 @@ def _in_parts(
     between: Between | None,
     virtual: int,
 ) -> Tensor:
-    parts = -(-z.shape[0] // virtual)
+    rows = plain_shape(z)[0]
+    parts = -(-rows // virtual)
     if options.on_single_value == "error" and keep is None:
-        smallest = z[: z.shape[0] // parts]
-        if values_per_channel(smallest.shape, norm.axis) == 1:
+        smallest = z[: rows // parts]
+        if values_per_channel(plain_shape(smallest), norm.axis) == 1:
             raise validation.too_few_values(smallest, norm.axis)
     # told only when every part has passed, so that an error in a later one leaves no trace
     told: list[Told] = []
@@ -400,7 +412,9 @@ def _in_parts(
         told.append((count, mean, var))
 
     refuse = options.on_nonfinite == "raise"
-    sink = None if tracking is None and not refuse else remember
+    sink: Tracking | Sink | None = None if tracking is None and not refuse else remember
+    if written_down():
+        sink = tracking
     nothing = [None] * parts
     outputs = [
         _one_batch(part, norm._replace(residual=r), kept, masked_output, sink, population, options, between)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 from batchnorm import validation
 from batchnorm.accumulator import Accumulator
 from batchnorm.distributed.groups import names_of
-from batchnorm.domain import active_domain, check_name
-from batchnorm.errors import BatchNormError, MissingStatisticsError, ShapeError
+from batchnorm.domain import active_domain
+from batchnorm.errors import BatchNormError, ShapeError
 from batchnorm.functional import Options, infer, train
 from batchnorm.pooling import Pooling, pools
-from batchnorm.population import Tracking
+from batchnorm.populations import Populations
+from batchnorm.running import BUFFERS
 
-_HALF = (torch.float16, torch.bfloat16)
 # looked at when they are set, in the constructor and after; eps when it is used, as in torch
 _OPTIONS = frozenset(
     {
@@ -32,71 +31,16 @@ _OPTIONS = frozenset(
         "virtual_batch_size",
     }
 )
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class DomainStatistics(nn.Module):
-    """Running statistics of one domain; a part of a batch norm layer, never called.
-
-    Parameters
-    ----------
-    num_features : int
-        Number of channels C.
-    device : torch.device, optional
-        Where the buffers are made.
-    dtype : torch.dtype, optional
-        Dtype of mean and variance.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    num_batches_skipped: Tensor
-    skipped_channels: Tensor
-
-    def __init__(
-        self, num_features: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        count = torch.zeros((), dtype=torch.long, device=device)
-        self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
-        self.register_buffer("num_batches_tracked", count)
-        self.register_buffer("num_batches_skipped", count.clone(), persistent=False)
-        channels = torch.zeros(num_features, dtype=torch.long, device=device)
-        self.register_buffer("skipped_channels", channels, persistent=False)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        _restart_counts(self._buffers)
-
-
-def _restart_counts(buffers: dict[str, Tensor | None]) -> None:
-    # what is loaded are other statistics; and after to_empty() these hold whatever was in memory
-    mean = buffers["running_mean"]
-    for name in ("num_batches_skipped", "skipped_channels"):
-        count = buffers[name]
-        if count is not None and mean is not None:
-            if count.device == mean.device:
-                count.zero_()
-            else:
-                buffers[name] = torch.zeros_like(count, device=mean.device)
-
-
-class Layer(nn.Module):
+class Layer(Populations):
     """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share; before torch's class in the order of bases."""
 
     _dimensions: tuple[int, ...]
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    num_batches_skipped: Tensor | None
-    skipped_channels: Tensor | None
     num_features: int
     eps: float
-    momentum: float | None
     affine: bool
     track_running_stats: bool
 
@@ -119,9 +63,8 @@ class Layer(nn.Module):
         running_var_correction: int = 1,
         process_group: Any = None,
     ) -> None:
-        if dtype in _HALF:
-            dtype = torch.float32
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.widen()
         if not bias:
             self.register_parameter("bias", None)
         self.activation = activation
@@ -136,11 +79,6 @@ class Layer(nn.Module):
         self.frozen_statistics = False
         self.frozen_affine = False
         self.accumulator: Accumulator | None = None
-        # not saved: torch.nn could not load them
-        skipped = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
-        channels = torch.zeros(num_features, dtype=torch.long, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_skipped", skipped, persistent=False)
-        self.register_buffer("skipped_channels", channels, persistent=False)
 
     @classmethod
     def adopt(cls, layer: nn.modules.batchnorm._NormBase, **options: Any) -> Layer:
@@ -156,7 +94,8 @@ class Layer(nn.Module):
         Returns
         -------
         BatchNorm1d, BatchNorm2d or BatchNorm3d
-            With the same Parameters, buffers and training flag. Hooks stay with the old layer.
+            With the same Parameters, buffers and training flag; means and variances in half precision come over
+            as float32. Hooks stay with the old layer.
         """
         new = cls(
             layer.num_features,
@@ -169,14 +108,9 @@ class Layer(nn.Module):
         )
         for name in ("weight", "bias"):
             new._parameters[name] = layer._parameters.get(name)
-        for name in _STATISTICS:
+        for name in BUFFERS:
             new._buffers[name] = layer._buffers.get(name)
-        if layer.running_mean is None:
-            new.num_batches_skipped = new.skipped_channels = None
-        else:
-            device = layer.running_mean.device
-            new.num_batches_skipped = torch.zeros((), dtype=torch.long, device=device)
-            new.skipped_channels = torch.zeros(layer.num_features, dtype=torch.long, device=device)
+        new.widen()
         new.training = layer.training
         return new
 
@@ -270,7 +204,7 @@ class Layer(nn.Module):
         if self.virtual_batch_size is not None:
             raise validation.parts_and_pooling(self.virtual_batch_size)
         # a graph asks when it runs, for it may outlive the process group that it was compiled beside
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             if not pools(self.process_group):
                 return None
             if not self.pooled_as:
@@ -296,107 +230,6 @@ class Layer(nn.Module):
             if not self.domains:
                 del self.domains
             raise
-
-    def population(self) -> Tracking | None:
-        """Give the statistics in force: the layer's own, or those of the active domain.
-
-        Returns
-        -------
-        Tracking or None
-            The very buffers, and how a batch moves them; None where the layer tracks nothing.
-
-        Raises
-        ------
-        MissingStatisticsError
-            The active domain is unknown to the layer.
-        """
-        validation.check_momentum(self.momentum)
-        # nn.Module finds a buffer only after it has looked everywhere else
-        buffers = self._buffers
-        mean, var = buffers["running_mean"], buffers["running_var"]
-        if mean is None or var is None:
-            validation.check_both_or_neither(mean, var)
-            return None
-        name = active_domain()
-        return self._tracking(buffers if name is None else self._domain(name)._buffers)
-
-    def populations(self) -> list[Tracking]:
-        """Give the statistics of the layer and of every domain it knows.
-
-        Returns
-        -------
-        list of Tracking
-            The layer's own first; empty where it tracks nothing.
-        """
-        if self._buffers["running_mean"] is None:
-            return []
-        holders: list[nn.Module] = [self, *(self.domains[name] for name in self._known())]
-        return [self._tracking(holder._buffers) for holder in holders]
-
-    def _tracking(self, buffers: dict[str, Tensor | None]) -> Tracking:
-        return Tracking(
-            buffers["running_mean"],  # type: ignore[arg-type]
-            buffers["running_var"],  # type: ignore[arg-type]
-            buffers["num_batches_tracked"],
-            buffers["num_batches_skipped"],
-            buffers["skipped_channels"],
-            self.momentum,
-            self.running_var_correction,
-            self.on_nonfinite == "skip",
-        )
-
-    def _lacks(self, name: str) -> bool:
-        return self._buffers["running_mean"] is not None and name not in self._known()
-
-    def _known(self) -> tuple[str, ...]:
-        domains = self._modules.get("domains")
-        return () if domains is None else tuple(domains._modules)
-
-    def _domain(self, name: str) -> DomainStatistics:
-        known = self._known()
-        if name not in known:
-            raise MissingStatisticsError(
-                f"batch_norm: no statistics of the domain {name!r}; there are {', '.join(known) or 'none'}.",
-                why="inference needs the statistics of training in that domain.",
-                mend="train or calibrate inside the domain first, or leave the `with batchnorm.domain` block.",
-            )
-        return self.domains[name]  # type: ignore[return-value]
-
-    def add_domain(self, name: str) -> DomainStatistics:
-        """Give the statistics of a domain, and begin them at mean 0 and variance 1 where there are none.
-
-        A layer does this by itself when it first trains in a domain. Call it before ``torch.compile``:
-        a compiled forward cannot make buffers.
-
-        Parameters
-        ----------
-        name : str
-            The domain.
-
-        Returns
-        -------
-        DomainStatistics
-            Its buffers.
-        """
-        if name not in self._known():
-            mean = self._buffers["running_mean"]
-            if mean is None:
-                raise validation.missing_statistics()
-            check_name(name)
-            if "domains" not in self._modules:
-                self.domains = nn.ModuleDict()
-            self.domains[name] = DomainStatistics(self.num_features, mean.device, mean.dtype)
-        return self.domains[name]  # type: ignore[return-value]
-
-    def reset_running_stats(self) -> None:
-        """Set mean 0, variance 1 and every count 0, in every domain; frozen statistics stay as they are."""
-        if self.__dict__.get("frozen_statistics"):
-            return
-        holders: list[nn.Module] = [self, *getattr(self._modules.get("domains"), "children", list)()]
-        for holder in holders:
-            for name, buffer in holder._buffers.items():
-                if buffer is not None:
-                    buffer.fill_(1 if name == "running_var" else 0)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._dimensions:
@@ -439,46 +272,6 @@ class Layer(nn.Module):
             shown.append("frozen=" + "+".join(frozen))
         return ", ".join([text, *shown])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
-        def keep_wide(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.dtype in _HALF and tensor.is_floating_point():
-                # the values as they were, for a trip through half precision would round them
-                return tensor.to(result.device)
-            return result
-
-        return super()._apply(keep_wide, recurse)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
-        if metadata is not None and prefix[:-1] in metadata:
-            # beside the keys, where torch.nn looks for versions and passes over the rest
-            metadata[prefix[:-1]]["frozen"] = [self.frozen_statistics, self.frozen_affine]
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        *rest: Any,
-    ) -> None:
-        if "frozen" in local_metadata:
-            self.frozen_statistics, affine = map(bool, local_metadata["frozen"])
-            if affine != self.frozen_affine:
-                self.freeze_affine(affine)
-        start = f"{prefix}domains."
-        for key in state_dict:
-            if (
-                key.startswith(start)
-                and key.endswith(".running_mean")
-                and self._buffers["running_mean"] is not None
-            ):
-                self.add_domain(key[len(start) :].split(".")[0])
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        if f"{prefix}running_mean" in state_dict:
-            _restart_counts(self._buffers)
-
     def freeze_affine(self, frozen: bool) -> None:
         """Stop gamma and beta from learning, or let them learn.
 
@@ -519,9 +312,9 @@ _DOC = """Batch normalization over {what}, as ``torch.nn.{name}``, with an activ
         y = activation(weight * (input - mean) / sqrt(var + eps) + bias + residual)
 
     In training ``mean`` and ``var`` (divisor m) are the mini-batch's, and the running statistics move
-    toward them; in eval they are the running statistics. Statistics, weight and bias are float32 whatever
-    the input is (float64 for ``dtype=torch.float64``), also after ``.half()`` and ``.bfloat16()``. The
-    state dict is that of ``torch.nn.{name}``, both ways.
+    toward them; in eval they are the running statistics. Statistics are float32 (float64 in a float64 layer),
+    also after ``.half()`` and ``.bfloat16()``, which weight and bias follow. Buffers, parameters and state dict
+    are those of ``torch.nn.{name}``, both ways.
 
     Parameters
     ----------
@@ -539,7 +332,7 @@ _DOC = """Batch normalization over {what}, as ``torch.nn.{name}``, with an activ
     device : torch.device, optional
         Where parameters and buffers are made.
     dtype : torch.dtype, optional
-        float32 or float64; a half-precision dtype makes float32.
+        Of ``weight`` and ``bias``. Statistics are float64 beside float64, and float32 beside all others.
     bias : bool, default True
         Learn ``bias`` where ``affine`` is True.
     activation : str, optional
@@ -549,8 +342,8 @@ _DOC = """Batch normalization over {what}, as ``torch.nn.{name}``, with an activ
     on_single_value : {{"error", "running"}}, default "error"
         Training with one value per channel: raise, or normalize with the running statistics.
     on_nonfinite : {{"skip", "propagate", "raise"}}, default "skip"
-        A channel with NaN or inf: leave its statistics as they were and count it in
-        ``num_batches_skipped`` and ``skipped_channels``; ruin them, as torch; or raise.
+        A channel with NaN or inf: leave its statistics as they were and count the batch in
+        ``num_batches_skipped``; ruin them, as torch; or raise.
     virtual_batch_size : int, optional
         Normalize parts of the batch of at most this size by themselves (ghost batch norm). The running
         statistics take one step a part.

@@ -8,17 +8,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm import skips
+
+WIDE = frozenset({torch.float32, torch.float64})
+"""Dtypes in which running statistics are kept."""
+
 
 class Tracking(NamedTuple):
     """Running statistics, and how a batch moves them.
 
-    For each channel, with ``k`` the number of batches counted with this one, less those skipped::
+    For each channel, with ``k`` the number of batches counted with this one::
 
         w = momentum, or 1 / k where momentum is None
         running_mean = (1 - w) * running_mean + w * mean
         running_var  = (1 - w) * running_var  + w * var * (m / (m - 1) if correction else 1)
 
-    With ``skip_nonfinite`` a channel whose batch mean or variance is not finite keeps its statistics.
+    With ``skip_nonfinite`` a channel whose batch mean or variance is not finite keeps its statistics; in a plain
+    average that batch counts as one equal to the average so far. A channel that still holds the mean 0 and the
+    variance 1 it began with has no average yet, and takes on its first batch whole.
 
     Parameters
     ----------
@@ -26,10 +33,6 @@ class Tracking(NamedTuple):
         Population mean [z] and variance [z]**2.
     num_batches_tracked : Tensor of int64, shape (), or None
         Batches seen; required where momentum is None.
-    num_batches_skipped : Tensor of int64, shape (), or None
-        Batches in which at least one channel was skipped.
-    skipped_channels : Tensor of int64, shape (C,), or None
-        For each channel, the batches skipped.
     momentum : float or None
         Weight of the NEW batch; None is the plain average.
     correction : int
@@ -41,8 +44,6 @@ class Tracking(NamedTuple):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor | None = None
-    num_batches_skipped: Tensor | None = None
-    skipped_channels: Tensor | None = None
     momentum: float | None = 0.1
     correction: int = 1
     skip_nonfinite: bool = True
@@ -84,11 +85,7 @@ def commit(
         if tracking.skip_nonfinite:
             # infinity and NaN differ from 0 when taken from themselves; a mean that is either spoils its variance
             bad = (var - var) != 0
-            skipped = bad if known else bad & enough
-            if tracking.skipped_channels is not None:
-                tracking.skipped_channels.add_(skipped)
-            if tracking.num_batches_skipped is not None:
-                tracking.num_batches_skipped.add_(skipped.any())
+            bad = skips.count(running_mean, bad if known else bad & enough)
             still = bad if known else bad | still
         if tracking.num_batches_tracked is not None:
             tracking.num_batches_tracked.add_(1 if known else enough.any())
@@ -104,9 +101,8 @@ def commit(
         else:
             counted = tracking.num_batches_tracked
             seen = torch.ones_like(mean) if counted is None else counted
-            if tracking.skipped_channels is not None:
-                seen = seen - tracking.skipped_channels
-            weight = 1 / seen.clamp(min=1).to(mean.dtype)
+            begun = (running_mean != 0) | (running_var != 1)
+            weight = torch.where(begun, 1 / seen.clamp(min=1).to(mean.dtype), 1.0)
         moved = [running_mean, running_var]
         batch = [mean, var]
         if still is not None:
@@ -119,7 +115,7 @@ def commit(
 
 
 def count_empty(tracking: Tracking, empty: int | Tensor = 1) -> None:
-    """Count a batch without any value: it was tracked, as in torch, and has no weight in a plain average.
+    """Count a batch without any value: it was tracked, as in torch.
 
     Parameters
     ----------
@@ -131,8 +127,6 @@ def count_empty(tracking: Tracking, empty: int | Tensor = 1) -> None:
     with _no_grad():
         if tracking.num_batches_tracked is not None:
             tracking.num_batches_tracked.add_(empty)
-            if tracking.skipped_channels is not None:
-                tracking.skipped_channels.add_(empty)
 
 
 def merge(

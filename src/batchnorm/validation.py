@@ -21,8 +21,10 @@ from batchnorm.errors import (
     MissingStatisticsError,
     ShapeError,
     TooFewValuesError,
+    TraceError,
 )
 from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.written import plain_shape, unwritten
 
 SINGLE_VALUE_POLICIES = ("error", "running")
 NONFINITE_POLICIES = ("skip", "propagate", "raise")
@@ -236,6 +238,9 @@ def check_tensors(z: Tensor, axis: int, vectors: tuple[Tensor | None, ...], resi
             why="mean and variance of whole or complex numbers do not fit in their own dtype.",
             mend="input.float().",
         )
+    if torch._C._get_tracing_state() is not None and not torch.compiler.is_compiling():
+        with unwritten():
+            return check_tensors(z, axis, vectors, residual)
     shape, device = z.shape[axis : axis + 1], z.device
     for i, vector in enumerate(vectors):
         if vector is None:
@@ -315,13 +320,15 @@ def spread_mask(mask: Tensor, z: Tensor, axis: int) -> Tensor:
             why="a kernel reads one device's memory.",
             mend=f"mask.to({str(z.device)!r}).",
         )
-    wanted = [*z.shape[:axis], *z.shape[axis + 1 :]]
-    if mask.dim() == z.dim() and mask.shape[axis] == 1:
+    shape = plain_shape(z)
+    wanted = [*shape[:axis], *shape[axis + 1 :]]
+    if mask.dim() == z.dim() and plain_shape(mask)[axis] == 1:
         mask = mask.squeeze(axis)
-    fits = mask.dim() == len(wanted) and all(a in (1, b) for a, b in zip(mask.shape, wanted, strict=True))
+    sizes = plain_shape(mask)
+    fits = len(sizes) == len(wanted) and all(a in (1, b) for a, b in zip(sizes, wanted, strict=True))
     if not fits:
         raise ShapeError(
-            f"batch_norm: mask has shape {tuple(mask.shape)}, and input {tuple(z.shape)} without its channel axis "
+            f"batch_norm: mask has shape {tuple(sizes)}, and input {tuple(shape)} without its channel axis "
             f"{tuple(wanted)}.",
             why="a position is masked for every channel at once.",
             mend="drop the channel axis of the mask, or add axes of size 1 where it broadcasts: a mask of samples "
@@ -384,6 +391,42 @@ def missing_statistics() -> MissingStatisticsError:
         "(Expected running_mean and running_var to be defined when training=False.)",
         why="the samples at test time are too few for statistics of their own.",
         mend="give both; or training=True to use the batch's.",
+    )
+
+
+def not_written(when: str) -> ArgumentError:
+    """Make the error for a training step that no graph of torch's can hold.
+
+    Parameters
+    ----------
+    when : str
+        What stands in the way.
+
+    Returns
+    -------
+    ArgumentError
+        To be raised.
+    """
+    return ArgumentError(
+        f"batch_norm: a training step cannot be traced or exported {when}.",
+        why="the graph would hold torch's batch norm, which takes the statistics of each batch by itself.",
+        mend="trace or export in eval mode; or outside of accumulate, and after batchnorm.desynchronize(model).",
+    )
+
+
+def no_symbol() -> TraceError:
+    """Make the error for options that no call of torch's batch norm stands for.
+
+    Returns
+    -------
+    TraceError
+        To be raised.
+    """
+    return TraceError(
+        "batch_norm: a symbolic trace (torch.fx) records torch's batch norm, which has no mask, "
+        "virtual_batch_size or running_var_correction=0.",
+        why="the graph would compute something else.",
+        mend="use a layer, which is recorded as one step; or torch.fx.wrap the function that calls this.",
     )
 
 

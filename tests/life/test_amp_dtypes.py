@@ -37,24 +37,27 @@ def test_autocast_computes_in_half_and_keeps_statistics_in_float32(half):
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("way", ["half()", "to()", "constructor"])
-def test_a_cast_layer_keeps_its_vectors_wide_and_its_output_follows_the_input(half, training, way):
+def test_parameters_follow_the_module_statistics_stay_wide_and_the_output_follows_the_input(
+    half, training, way
+):
     made = batchnorm.BatchNorm1d(3, dtype=half if way == "constructor" else None)
     layer = nn.Sequential(made).train(training)
     nn.init.uniform_(made.weight)
-    weight = made.weight.detach().clone()
+    made.running_mean.uniform_()
+    mean = made.running_mean.clone()
     if way == "half()":
         layer = layer.bfloat16() if half is torch.bfloat16 else layer.half()
     elif way == "to()":
         layer = layer.to(half)
-    for tensor in (made.weight, made.bias, made.running_mean, made.running_var):
-        assert tensor.dtype == torch.float32
-    assert torch.equal(made.weight, weight), "a trip through half precision would have rounded it"
+    assert made.weight.dtype == made.bias.dtype == half
+    assert made.running_mean.dtype == made.running_var.dtype == torch.float32
+    assert torch.equal(made.running_mean, mean), "a trip through half precision would have rounded it"
     for dtype in (half, torch.float32):
         z = torch.randn(8, 3, dtype=dtype, requires_grad=True)
         y = layer(z)
         y.sum().backward()
         assert y.dtype == z.grad.dtype == dtype
-        assert made.weight.grad.dtype == torch.float32
+        assert made.weight.grad.dtype == half
     assert set(layer.state_dict()) == set(nn.Sequential(nn.BatchNorm1d(3)).state_dict())
 
 

@@ -75,29 +75,32 @@ def test_unfreeze_thaws_only_what_it_is_told_and_what_freeze_froze():
     assert not own.weight.requires_grad
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_the_state_dict_carries_it_and_torch_loads_it_strictly(affine, tmp_path):
-    net = batchnorm.freeze(model(), affine=affine)
-    torch.save(net.state_dict(), tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert set(state) == set(
-        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)).state_dict()
-    )
-
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+@pytest.mark.parametrize("written", ["frozen", "free", "torch"])
+@pytest.mark.parametrize("held", ["frozen", "free"])
+def test_loading_neither_thaws_nor_freezes(written, held, strict, assign, tmp_path):
+    # a checkpoint is what was learned; what is held still is decided where it is loaded
     theirs = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    source = {"frozen": batchnorm.freeze(model(), affine=True), "free": model(), "torch": theirs}[written]
+    for norm in norms(source):
+        norm.running_mean.fill_(3.0)
+    torch.save(source.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert set(state) == set(theirs.state_dict())
-    theirs.load_state_dict(state, strict=True)
-
-    again = model()
-    again.load_state_dict(state, strict=True)
-    for norm in norms(again):
-        assert norm.frozen_statistics
-        assert norm.frozen_affine is affine
-        assert norm.weight.requires_grad is not affine
-    again.load_state_dict(theirs.state_dict())
-    assert all(norm.frozen_statistics for norm in norms(again)), "torch's state says nothing about it"
-    again.load_state_dict(model().state_dict())
-    assert not any(norm.frozen_statistics or not norm.weight.requires_grad for norm in norms(again))
+    net = batchnorm.freeze(model(), affine=True) if held == "frozen" else model()
+    net[1].bias.requires_grad_(False)  # the user's own doing
+    before = [
+        (p.requires_grad, n.frozen_statistics, n.frozen_affine) for n in norms(net) for p in n.parameters()
+    ]
+    net.load_state_dict(state, strict=strict, assign=assign)
+    after = [
+        (p.requires_grad, n.frozen_statistics, n.frozen_affine) for n in norms(net) for p in n.parameters()
+    ]
+    assert after == before
+    net.train()(torch.randn(8, 3))
+    for norm in norms(net):
+        assert (norm.running_mean == 3.0).all() == (held == "frozen"), "what is held still is what was loaded"
 
 
 def test_copies_and_the_whole_saved_model_stay_frozen(tmp_path):

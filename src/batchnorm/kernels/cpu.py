@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm import skips
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import aten
 from batchnorm.kernels.activations import CODES
@@ -30,7 +31,10 @@ _core: Any
 try:
     # by name: it may not be there, and a type checker has no stub of it before it is built
     _core = importlib.import_module("batchnorm._core")
+    if not hasattr(_core, "call_on_skip"):
+        raise ImportError("the core that is there was built from other sources")
     _core.use(Tensor.__dlpack_c_exchange_api__)
+    _core.call_on_skip(skips.count_one)
 except ImportError as error:  # not built for this machine: the engine of torch operations serves
     _core, absence = None, f"not built: {error}"
 except (AttributeError, RuntimeError, TypeError):

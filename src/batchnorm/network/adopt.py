@@ -30,7 +30,6 @@ PLAIN = {
     "running_var_correction": 1,
     "process_group": None,
 }
-_BUFFERS = ("num_batches_skipped", "skipped_channels")
 # what a layer of ours holds beyond torch's, found rather than listed
 _EXTRAS = tuple(
     sorted(set(BatchNorm1d(1, device="meta").__dict__) - set(nn.BatchNorm1d(1, device="meta").__dict__))
@@ -135,7 +134,7 @@ def become_ours(layer: _BatchNorm) -> str:
         return "its forward was replaced on the instance"
     fresh = OURS[base].adopt(layer)
     own = set(layer.__dict__) | set(layer._modules) | set(layer._buffers) | set(layer._parameters)
-    taken = sorted(own & {*_EXTRAS, *_BUFFERS, "domains"})
+    taken = sorted(own & {*_EXTRAS, "domains"})
     if taken:
         return f"its class {cls.__name__} uses the name {taken[0]!r} for something else"
     if cls.forward is not base.forward:
@@ -149,8 +148,7 @@ def _take_on(layer: nn.Module, made: type[nn.Module], fresh: nn.Module) -> None:
     layer.__class__ = made
     for name in _EXTRAS:
         layer.__dict__[name] = fresh.__dict__[name]
-    for name in _BUFFERS:
-        layer.register_buffer(name, getattr(fresh, name), persistent=False)
+    layer.widen()  # type: ignore[operator]
 
 
 def become_torch(layer: nn.Module) -> str:
@@ -176,9 +174,12 @@ def become_torch(layer: nn.Module) -> str:
     layer.__class__ = origin
     for name in _EXTRAS:
         layer.__dict__.pop(name, None)
-    for name in _BUFFERS:
-        layer._buffers.pop(name, None)
-        layer._non_persistent_buffers_set.discard(name)
+    weight = layer._parameters.get("weight")
+    for name in ("running_mean", "running_var"):
+        buffer = layer._buffers[name]
+        if weight is not None and buffer is not None and weight.dtype in (torch.float16, torch.bfloat16):
+            # torch's layer wants vectors of one dtype
+            layer._buffers[name] = buffer.to(weight.dtype)
     return ""
 
 

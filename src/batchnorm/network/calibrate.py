@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm import skips
 from batchnorm.distributed.groups import Names, members
 from batchnorm.domain import active_domain
 from batchnorm.errors import ArgumentError, DataError
@@ -179,6 +180,9 @@ def calibrate(
         keep_values(undo, buffers)
         write_record(model, told)
         write_together(buffers, values)
+    for meter in meters.values():
+        if meter.calls:
+            skips.forget(meter.mean_buffer)
     return model
 
 
@@ -276,17 +280,9 @@ class _Meter:
         shift = float(((mean - old_mean).abs() / scale).max())
         ratio = float(((old_var + self.layer.eps).sqrt() / scale).log().abs().max().exp())
         told.add(self.path, _kind(self.layer), "calibrated", self._detail(shift, ratio), tool="calibrate")
-        counts = {
-            "num_batches_tracked": torch.tensor(self.calls),
-            "num_batches_skipped": self.skipped.max(),
-            "skipped_channels": self.skipped,
-        }
-        held = [(self.holder._buffers.get(name), count) for name, count in counts.items()]
-        return [
-            (self.mean_buffer, mean),
-            (self.var_buffer, var),
-            *((buffer, count) for buffer, count in held if buffer is not None),
-        ]
+        written = [(self.mean_buffer, mean), (self.var_buffer, var)]
+        counter = self.holder._buffers.get("num_batches_tracked")
+        return written if counter is None else [*written, (counter, torch.tensor(self.calls))]
 
     def _leave(self, told: Record, reason: str) -> list[tuple[Tensor, Tensor]]:
         told.leave(self.path, _kind(self.layer), reason, tool="calibrate")

@@ -26,7 +26,7 @@ _BEFORE = "_converted_from"
 _PLAIN_TORCH = tuple(OURS)
 _AFFINE = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
-_COUNTERS = ("num_batches_tracked", "num_batches_skipped", "skipped_channels")
+_COUNTER = "num_batches_tracked"
 _INSTANCE = {
     nn.BatchNorm1d: nn.InstanceNorm1d,
     nn.BatchNorm2d: nn.InstanceNorm2d,
@@ -198,7 +198,7 @@ def _freeze(layer: Any) -> str | None:
     if not (cls in _PLAIN_TORCH or cls in TORCH or cls is nn.SyncBatchNorm):
         raise _Impossible(f"its class {cls.__name__} does more than batch norm, which would be lost")
     before = layer.__dict__.pop(_BEFORE, {})
-    kept = {name: layer._buffers.pop(name) for name in _COUNTERS if name in layer._buffers}
+    kept = {name: layer._buffers.pop(name) for name in (_COUNTER,) if name in layer._buffers}
     parameters = {name: layer._parameters.pop(name) for name in _AFFINE}
     mean = layer.running_mean
     for name, value in (("bias", 0.0), ("weight", 1.0)):
@@ -280,7 +280,7 @@ def _small_batch(layer: nn.Module, to: str, groups: int, finder: _Finder) -> str
         said = f"GroupNorm with {number} {'group' if number == 1 else 'groups'}: {_SMALL}"
     for name in set(nn.BatchNorm1d(1, device="meta").__dict__) - set(made.__dict__):
         layer.__dict__.pop(name, None)
-    for name in (*_STATISTICS, *_COUNTERS):
+    for name in (*_STATISTICS, _COUNTER):
         layer._buffers.pop(name, None)
     layer._buffers.update(made._buffers)
     for name, value in made.__dict__.items():

@@ -19,8 +19,8 @@ def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> n
 
     A layer whose statistics are frozen normalizes with its running statistics in train mode too, and never
     moves them. Freezing gamma and beta sets ``requires_grad`` to False on both. What is frozen shows in
-    ``repr`` and is saved with the state dict, in its metadata, where ``torch.nn`` passes over it; loading
-    such a state dict into our layers freezes them.
+    ``repr``, and a copy or a pickled model keeps it. A state dict says nothing of it: loading one, whoever
+    wrote it, neither freezes nor thaws.
 
     Parameters
     ----------

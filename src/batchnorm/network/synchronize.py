@@ -199,8 +199,7 @@ def _take_on_any(layer: Any) -> None:
     layer.__class__ = PooledBatchNorm
     for name, value in fresh.__dict__.items():
         layer.__dict__.setdefault(name, value)
-    for name in ("num_batches_skipped", "skipped_channels"):
-        layer.register_buffer(name, fresh._buffers[name], persistent=False)
+    layer.widen()
 
 
 def _desynchronize(layer: Any) -> str:

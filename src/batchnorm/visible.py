@@ -1,0 +1,138 @@
+"""Batch normalization in torch's own operations, for whoever reads the graph they are written down in.
+
+A tracer or an exporter makes a graph that is kept and read elsewhere: by tools that look for torch's batch norm
+and know no operator of ours. There, torch's operator normalizes and moves the running statistics, by its own
+rule; what stands beside it (another channel axis, a residual, an activation) are torch's operations too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchnorm.errors import ArgumentError
+from batchnorm.kernels.activations import activate
+from batchnorm.kernels.aten import vector_dtype
+from batchnorm.kernels.contract import Norm
+from batchnorm.population import Tracking
+
+
+def infer(z: Tensor, norm: Norm, mean: Tensor, var: Tensor, mask: Tensor | None) -> Tensor:
+    """Normalize with population statistics.
+
+    Parameters
+    ----------
+    z, norm, mean, var, mask
+        As for `batchnorm.autograd.normalize_population`.
+
+    Returns
+    -------
+    Tensor
+        Of the shape and dtype of ``z``.
+    """
+    dtype = vector_dtype(z)
+    mean, var = _as(mean, dtype), _as(var, dtype)
+    if mask is None:
+        return _normalize(z, norm, mean, var, False, 0.0)
+    residual = None if norm.residual is None else torch.where(mask, norm.residual, 0)
+    clean, norm = torch.where(mask, z, 0), norm._replace(residual=residual)
+    return torch.where(mask, _normalize(clean, norm, mean, var, False, 0.0), 0)
+
+
+def train(z: Tensor, norm: Norm, tracking: Tracking | None) -> Tensor:
+    """Normalize with the batch's own statistics, and move running ones.
+
+    Parameters
+    ----------
+    z, norm
+        As for `batchnorm.autograd.normalize_batch`.
+    tracking : Tracking or None
+        Running statistics to move. What is not finite enters them.
+
+    Returns
+    -------
+    Tensor
+        Of the shape and dtype of ``z``.
+
+    Raises
+    ------
+    ArgumentError
+        The running variance is to have a divisor that torch's operator does not know.
+    """
+    if tracking is None:
+        return _normalize(z, norm, None, None, True, 0.0)
+    if not tracking.correction:
+        raise ArgumentError(
+            "batch_norm: running_var_correction=0 cannot be traced or exported in training.",
+            why="torch's operator moves running_var with divisor m - 1, and so would the graph.",
+            mend="trace or export in eval mode; or with running_var_correction=1.",
+        )
+    mean, var, batches, momentum, *_ = tracking
+    if batches is not None:
+        batches.add_(1)
+    dtype = vector_dtype(z)
+    if momentum is not None and mean.dtype is var.dtype is dtype:
+        return _normalize(z, norm, mean, var, True, momentum)
+    # copies of what they were: where a tool turns the graph to inference, it takes them for the statistics
+    weight: float | Tensor = 1.0
+    if momentum is None and batches is not None:
+        momentum, weight = 1.0, 1 / batches.to(mean.dtype)
+    aside = mean.to(dtype, copy=True), var.to(dtype, copy=True)
+    y = _normalize(z, norm, *aside, True, 1.0 if momentum is None else momentum)
+    for running, moved in zip((mean, var), aside, strict=True):
+        running.copy_(running + (_as(moved, running.dtype) - running) * weight)
+    return y
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    # a graph would hold a cast that does nothing
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _normalize(
+    z: Tensor, norm: Norm, mean: Tensor | None, var: Tensor | None, training: bool, momentum: float
+) -> Tensor:
+    # in one dtype: half precision is widened before and rounded once at the end, as the engines do
+    axis, eps, gamma, beta, residual, activation, _ = norm
+    dtype = vector_dtype(z)
+    gamma, beta = (None if v is None else _as(v, dtype) for v in (gamma, beta))
+    u = _as(z, dtype) if axis == 1 else _as(z, dtype).movedim(axis, 1)
+    if training:
+        # F.batch_norm looks at the size again, which a tracer complains of
+        enabled = torch.backends.cudnn.enabled
+        u = torch.batch_norm(u, gamma, beta, mean, var, True, momentum, eps, enabled)
+    else:
+        u = F.batch_norm(u, mean, var, gamma, beta, False, momentum, eps)
+    u = u if axis == 1 else u.movedim(1, axis)
+    return _as(activate(u if residual is None else u + residual, activation), z.dtype)
+
+
+def record(
+    z: torch.fx.Proxy,
+    running: tuple[Tensor | None, Tensor | None],
+    norm: Norm,
+    training: bool,
+    momentum: float,
+) -> torch.fx.Proxy:
+    """Put torch's batch norm into the graph that a symbolic tracer makes.
+
+    Parameters
+    ----------
+    z : torch.fx.Proxy
+        Stands for the input.
+    running : tuple of (Tensor or None)
+        Running mean and variance.
+    norm, training, momentum
+        What is done with it; the axis as it was given.
+
+    Returns
+    -------
+    torch.fx.Proxy
+        Stands for the output.
+    """
+    axis, eps, gamma, beta, residual, activation, _ = norm
+    u = z if axis == 1 else z.movedim(axis, 1)
+    u = F.batch_norm(u, *running, gamma, beta, training, momentum, eps)  # type: ignore[arg-type, assignment]
+    u = u if axis == 1 else u.movedim(1, axis)
+    return activate(u if residual is None else u + residual, activation)  # type: ignore[arg-type, return-value]
