@@ -245,6 +245,21 @@ assert batchnorm.BatchNorm1d(3)(z).mean(0).abs().max() < 1e-6
     assert done.returncode == 0, done.stderr
 
 
+def test_a_package_without_the_core_works_and_says_so_once() -> None:
+    done = _run(
+        """
+import sys
+sys.modules["batchnorm._core"] = None  # as if it had not been built
+import torch, batchnorm
+from batchnorm.kernels import cpu
+assert cpu.engine is None and "not built" in cpu.absence
+assert batchnorm.BatchNorm1d(3)(torch.randn(8, 3)).mean(0).abs().max() < 1e-6
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("without its C++ core") == 1
+
+
 def test_a_lazily_negated_input_is_read_with_its_sign() -> None:
     z, residual = torch.randn(6, 3, 5), torch.randn(6, 3, 5)
     layer = batchnorm.BatchNorm1d(3, activation="relu")

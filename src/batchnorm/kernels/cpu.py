@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from math import inf
 from typing import Any
 
@@ -37,6 +38,12 @@ try:
     _core.call_on_skip(skips.count_one)
 except ImportError as error:  # not built for this machine: the engine of torch operations serves
     _core, absence = None, f"not built: {error}"
+    warnings.warn(
+        "batchnorm was installed without its C++ core, so torch operations serve on the CPU: the same results, "
+        "several times slower. A C++20 compiler was missing or failed when it was built. Mend: install g++ 12 or "
+        "clang 14 (or later), then `pip install --force-reinstall --no-cache-dir batchnorm`.",
+        stacklevel=2,
+    )
 except (AttributeError, RuntimeError, TypeError):
     _core, absence = None, f"torch {torch.__version__} has no table of DLPack functions; a newer one has"
 
