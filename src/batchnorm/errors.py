@@ -53,6 +53,10 @@ class DeviceError(BatchNormError, RuntimeError):
     """Tensors that belong together are on different devices."""
 
 
+class LayoutError(BatchNormError, RuntimeError):
+    """A tensor's values lie in memory in a way that batch normalization is not defined for."""
+
+
 class ArgumentError(BatchNormError, ValueError):
     """An argument has a value outside its range, or two arguments contradict each other."""
 

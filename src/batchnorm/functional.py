@@ -260,6 +260,10 @@ def infer(
     if torch.compiler.is_compiling() and not inplace and by_our_backend():
         rest = (running_mean, running_var, mask, masked_output, options)
         return infer_step(z, gamma, beta, residual, *rest)
+    if z.layout is not torch.strided:
+        dense, added = _dense(z, residual)
+        rest = mask, masked_output, options
+        return infer(dense, running_mean, running_var, gamma, beta, added, *rest).to_mkldnn()
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
     validation.check_tensors(z, axis, (running_mean, running_var, gamma, beta), residual)
     if (
@@ -330,6 +334,10 @@ def train(
     ):
         # what is below, for the common case: a look at each argument costs what a small batch does
         return normalize_batch(z, norm, counting(tracking))
+    if z.layout is not torch.strided:
+        dense, added = _dense(z, residual)
+        rest = mask, masked_output, tracking, population, options, between
+        return train(dense, gamma, beta, added, *rest).to_mkldnn()
     vectors = (
         (gamma, beta)
         if population is None
@@ -351,6 +359,13 @@ def train(
     if refuse or not plain or between is not None:
         tracking = _telling(tracking, refuse, between is not None)
     return _one_batch(z, norm, keep, masked_output, tracking, population, options, between)
+
+
+def _dense(z: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Give tensors of oneDNN's opaque layout as dense ones, and refuse those of another layout."""
+    if not z.is_mkldnn:
+        raise validation.no_dense_layout(z)
+    return z.to_dense(), residual.to_dense() if residual is not None and residual.is_mkldnn else residual
 
 
 def _one_batch(
@@ -454,3 +469,10 @@ def infer_step(
 ) -> Tensor:
     """`infer` as one step of a graph of our own backend."""
     return infer(z, running_mean, running_var, gamma, beta, residual, mask, masked_output, options)
+
+
+def _refuse_script() -> None:
+    raise validation.no_script()
+
+
+batch_norm.__prepare_scriptable__ = _refuse_script  # type: ignore[attr-defined]

@@ -231,6 +231,9 @@ class Layer(Populations):
                 del self.domains
             raise
 
+    def __prepare_scriptable__(self) -> None:
+        raise validation.no_script()
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._dimensions:
             wanted = " or ".join(f"{d}D" for d in self._dimensions)

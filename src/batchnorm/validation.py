@@ -18,6 +18,7 @@ from batchnorm.errors import (
     BatchNormError,
     DeviceError,
     DtypeError,
+    LayoutError,
     MissingStatisticsError,
     ShapeError,
     TooFewValuesError,
@@ -411,6 +412,43 @@ def not_written(when: str) -> ArgumentError:
         f"batch_norm: a training step cannot be traced or exported {when}.",
         why="the graph would hold torch's batch norm, which takes the statistics of each batch by itself.",
         mend="trace or export in eval mode; or outside of accumulate, and after batchnorm.desynchronize(model).",
+    )
+
+
+def no_dense_layout(z: Tensor) -> LayoutError:
+    """Make the error for an input whose values do not lie in strides.
+
+    Parameters
+    ----------
+    z : Tensor
+        The input.
+
+    Returns
+    -------
+    LayoutError
+        To be raised.
+    """
+    padded = "torch.nested.to_padded_tensor(input, 0.0), with a mask of what is no padding"
+    return LayoutError(
+        f"batch_norm: input has the layout {z.layout}, and a dense one is needed.",
+        why="mean and variance are those of every value of a channel, stored or not.",
+        mend=padded if z.is_nested else "input.to_dense().",
+    )
+
+
+def no_script() -> TraceError:
+    """Make the error for ``torch.jit.script``.
+
+    Returns
+    -------
+    TraceError
+        To be raised.
+    """
+    return TraceError(
+        "batch_norm: torch.jit.script cannot read a layer or a function of this package.",
+        why="it compiles a part of Python from the source, and the checks and routes here are outside of it.",
+        mend="torch.jit.trace(model, example) or torch.export.export(model, (example,)), which record torch's batch "
+        'norm; or batchnorm.convert(model, to="torch") first, whose layers script.',
     )
 
 
