@@ -23,46 +23,46 @@ from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 if TYPE_CHECKING:  # as below, for those who read types
     from batchnorm.network.accelerate import accelerate, restore
-    from batchnorm.network.accumulate import accumulate
-    from batchnorm.network.adapt import adapt
-    from batchnorm.network.calibrate import calibrate
-    from batchnorm.network.convert import convert
-    from batchnorm.network.fold import fold
-    from batchnorm.network.foreign import load_flax, load_keras
-    from batchnorm.network.freeze import freeze, unfreeze
-    from batchnorm.network.frozen import FrozenBatchNorm
+    from batchnorm.network.fold.fold import fold
     from batchnorm.network.groups import param_groups
-    from batchnorm.network.insert import insert
+    from batchnorm.network.insert.insert import insert
+    from batchnorm.network.layers.convert import convert
+    from batchnorm.network.layers.foreign import load_flax, load_keras
+    from batchnorm.network.layers.frozen import FrozenBatchNorm
     from batchnorm.network.normalized import Normalized
+    from batchnorm.network.ranks.synchronize import desynchronize, synchronize
+    from batchnorm.network.ranks.together import Joining, together
     from batchnorm.network.record import Record, record
-    from batchnorm.network.synchronize import desynchronize, synchronize
-    from batchnorm.network.together import Joining, together
+    from batchnorm.network.statistics.accumulate import accumulate
+    from batchnorm.network.statistics.adapt import adapt
+    from batchnorm.network.statistics.calibrate import calibrate
+    from batchnorm.network.statistics.freeze import freeze, unfreeze
 
 __version__ = "0.1.0"
 
 # a layer needs none of them: each is imported when it is first asked for
 _TOOLS = {
-    "FrozenBatchNorm": "batchnorm.network.frozen",
-    "Joining": "batchnorm.network.together",
+    "FrozenBatchNorm": "batchnorm.network.layers.frozen",
+    "Joining": "batchnorm.network.ranks.together",
     "Normalized": "batchnorm.network.normalized",
     "Record": "batchnorm.network.record",
     "accelerate": "batchnorm.network.accelerate",
-    "accumulate": "batchnorm.network.accumulate",
-    "adapt": "batchnorm.network.adapt",
-    "calibrate": "batchnorm.network.calibrate",
-    "convert": "batchnorm.network.convert",
-    "desynchronize": "batchnorm.network.synchronize",
-    "fold": "batchnorm.network.fold",
-    "freeze": "batchnorm.network.freeze",
-    "insert": "batchnorm.network.insert",
-    "load_flax": "batchnorm.network.foreign",
-    "load_keras": "batchnorm.network.foreign",
+    "accumulate": "batchnorm.network.statistics.accumulate",
+    "adapt": "batchnorm.network.statistics.adapt",
+    "calibrate": "batchnorm.network.statistics.calibrate",
+    "convert": "batchnorm.network.layers.convert",
+    "desynchronize": "batchnorm.network.ranks.synchronize",
+    "fold": "batchnorm.network.fold.fold",
+    "freeze": "batchnorm.network.statistics.freeze",
+    "insert": "batchnorm.network.insert.insert",
+    "load_flax": "batchnorm.network.layers.foreign",
+    "load_keras": "batchnorm.network.layers.foreign",
     "param_groups": "batchnorm.network.groups",
     "record": "batchnorm.network.record",
     "restore": "batchnorm.network.accelerate",
-    "synchronize": "batchnorm.network.synchronize",
-    "together": "batchnorm.network.together",
-    "unfreeze": "batchnorm.network.freeze",
+    "synchronize": "batchnorm.network.ranks.synchronize",
+    "together": "batchnorm.network.ranks.together",
+    "unfreeze": "batchnorm.network.statistics.freeze",
 }
 
 __all__ = [

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import transformers as t
+from chains import chain_after
 from torch import Tensor, nn
 
 import batchnorm
-from batchnorm.network.graph import chain_after, find_flow
-from batchnorm.network.kinds import is_frozen_lookalike
+from batchnorm.network.values.find import find_flow
+from batchnorm.network.values.modules import is_frozen_lookalike
 
 
 def image(size: int = 64, batch: int = 2, channels: int = 3) -> dict[str, Tensor]:

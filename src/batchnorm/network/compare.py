@@ -59,6 +59,22 @@ def leaves(tree: Any, path: str = "", seen: dict[int, Any] | None = None) -> Ite
         yield from leaves(item, f"{path}.{key}", seen)
 
 
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in a result: in containers, data classes and other objects.
+
+    Parameters
+    ----------
+    tree : object
+        What a forward took or returned.
+
+    Yields
+    ------
+    Tensor
+        In the order in which they are stored.
+    """
+    yield from (leaf for _, leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
 def kept(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of an answer, with copies of its tensors: what runs later may write to them.
 

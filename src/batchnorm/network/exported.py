@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.errors import ArgumentError, DataError
-from batchnorm.network.convert import convert
-from batchnorm.network.example import call_with, copied, guesses
+from batchnorm.network.inputs import call_with, copied, guesses
+from batchnorm.network.layers.convert import convert
 
 _PT2 = ".pt2"
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from batchnorm.errors import ArgumentError
-from batchnorm.network.kinds import OTHER_NORMS, is_batch_norm
 from batchnorm.network.model import check_model, check_number
+from batchnorm.network.values.modules import OTHER_NORMS, is_batch_norm
 
 # "q_bias", "bias_ih_l0" and "in_proj_bias" are biases, "unbiased" is none
 _BIAS = re.compile(r"(^|_)bias(_|$)")

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from batchnorm.network.calibrate import calibrate
-from batchnorm.network.fold import fold
-from batchnorm.network.insert import insert
+from batchnorm.network.fold.fold import fold
+from batchnorm.network.insert.insert import insert
 from batchnorm.network.record import Record, record
+from batchnorm.network.statistics.calibrate import calibrate
 from batchnorm_lab.data import ImageData
 from batchnorm_lab.demo.costs import Costs, count
 from batchnorm_lab.demo.learning import BATCH, Curve, accuracy, learn

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchnorm.modules import BatchNorm1d
-from batchnorm.network.calibrate import calibrate
+from batchnorm.network.statistics.calibrate import calibrate
 from batchnorm_lab.data import ImageData
 from batchnorm_lab.studies.contract import (
     Advance,

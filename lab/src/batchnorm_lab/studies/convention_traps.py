@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.network.freeze import freeze
+from batchnorm.network.statistics.freeze import freeze
 from batchnorm_lab.data import ImageData
 from batchnorm_lab.studies.contract import (
     Advance,

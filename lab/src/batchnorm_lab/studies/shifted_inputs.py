@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from batchnorm.network.adapt import adapt
+from batchnorm.network.statistics.adapt import adapt
 from batchnorm_lab.data import ImageData
 from batchnorm_lab.studies.contract import (
     Advance,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from batchnorm.network.calibrate import calibrate
+from batchnorm.network.statistics.calibrate import calibrate
 from batchnorm_lab.data import ImageData
 from batchnorm_lab.studies.contract import (
     Advance,

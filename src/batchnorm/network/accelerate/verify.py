@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import VerificationError
 from batchnorm.network.accelerate.running import Accelerated, compiled_for
-from batchnorm.network.example import call_with, copied
+from batchnorm.network.inputs import call_with, copied
 
 _WORSE = 8.0
 """How many times the plain network's own error is allowed. Both round the same sums in another order."""

@@ -1,0 +1,142 @@
+"""Batch norms vanish into the layers before them or, where that is exact, after them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from batchnorm.errors import ArgumentError, BatchNormError, TraceError
+from batchnorm.network.fold.check import check
+from batchnorm.network.fold.ways import Folding
+from batchnorm.network.inputs import copied
+from batchnorm.network.model import check_model
+from batchnorm.network.record import Record, write_record
+from batchnorm.network.undo import Undo, keep_modules
+from batchnorm.network.values.find import Flow, batch_norms, find_flow
+
+
+def fold(model: nn.Module, example: Any = None) -> nn.Module:
+    """Fold every batch norm that can be into a neighbouring layer: a copy in eval mode, the given one untouched.
+
+    In eval mode a batch norm is one scale and one shift a channel, and a layer takes both into its weight and
+    bias. The scale is ``gamma / sqrt(running_var + eps)``. It is computed in float64, cast back once, and
+    checked: the copy must give the answers of the given network on the example, or on a made-up input where
+    the network's signature and first layer allow one; else every folded layer is checked alone on random
+    numbers.
+
+    Folded are Linear, Conv1d to Conv3d and ConvTranspose1d to ConvTranspose3d, grouped and depthwise, with
+    or without bias; torch's norms, ours (an activation inside stays, as a module), SyncBatchNorm, frozen
+    lookalikes, and subclasses whose own forward is found to be norm and activation. A norm with no layer in
+    front goes into the layer behind it where nothing is padded with zeros in between; a norm behind a norm
+    goes into that one. Left alone, with the reason in ``batchnorm.record(result)``: norms that normalize by
+    the batch at hand or keep several domains; layers whose output is used by others too, or that others
+    share; layers and norms with hooks or parametrizations; whatever is not seen to be so.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, in any mode.
+    example : Tensor, tuple or dict, optional
+        An input: a tensor, positional arguments, or keyword arguments. With it, parts that can't be traced
+        are seen, and a norm behind a Linear layer is folded for the number of axes that the data has.
+
+    Returns
+    -------
+    torch.nn.Module
+        Of the same class, in eval mode. A folded norm is now an Identity, so that names stay, and one that
+        ``torch.fx`` passes over, so that what stood around it can be fused; it is saved as torch's. What
+        ``insert`` made is a plain layer again. Dtype, device, memory format and ``requires_grad`` stay.
+
+    Raises
+    ------
+    ArgumentError
+        ``model`` is no module, or is scripted.
+    TraceError
+        The network fails on the example.
+    VerificationError
+        The folded copy does not give the same answers, or nothing in the answers can be compared.
+
+    Notes
+    -----
+    The answers may be of any structure. More than rounding is what the given network itself does not make of a
+    change of one unit in the last place of the same layers. Where the answers hold no number, or others each
+    time, the output of each folded layer is compared.
+
+    What a library's ``save_pretrained`` writes is read into a network that has the norms again; of a folded
+    network it raises. Save its ``state_dict()``, or save the given network and fold after loading.
+
+    Without an example, a Linear layer followed by a norm over axis 1 is folded for (N, C) data, and the
+    :class:`FoldedNorm` in the norm's place refuses other data.
+
+    The copy is for inference. To train on, keep the given network.
+
+    References
+    ----------
+    Jacob et al. 2017, arXiv:1712.05877, section 3.2.
+
+    Examples
+    --------
+    >>> import torch, batchnorm
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+    >>> folded = batchnorm.fold(net)
+    >>> folded[1]
+    FoldedAway()
+    >>> x = torch.randn(2, 3, 9, 9)
+    >>> torch.allclose(folded(x), net(x), atol=1e-5)
+    True
+    """
+    check_model(model, "fold")
+    if hasattr(model, "_orig_mod"):
+        raise ArgumentError(
+            "fold: a compiled module would go on running what was compiled.",
+            mend="fold the module it was made from (model._orig_mod), then compile.",
+        )
+    if not batch_norms(model):
+        return write_record(copied(model).eval(), Record())
+    undo = Undo()
+    with undo, undo:
+        keep_modules(undo, model.modules())
+        flow = _look(model, example)
+        result = copied(model).eval()
+        work = Folding(model, result, flow, certain=example is not None, alone=flow.example is None)
+        work.fold_all()
+        if work.steps and flow.example is not None:
+            check(model, flow.example, result, work.steps)
+        if work.steps:
+            refuse_to_save(result)
+        return write_record(result, work.record())
+
+
+def _look(model: nn.Module, example: Any) -> Flow:
+    try:
+        return find_flow(model, example, make_up=True)
+    except BatchNormError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"fold: the network fails on the example: {type(error).__name__}: {error}",
+            mend="give an input that the network takes in eval mode.",
+        ) from error
+
+
+def refuse_to_save(result: nn.Module) -> None:
+    """Let ``save_pretrained`` of a folded network, or of a part that is, raise.
+
+    Parameters
+    ----------
+    result : torch.nn.Module
+        The folded network; changed in place.
+    """
+    for module in result.modules():
+        if hasattr(type(module), "save_pretrained"):
+            object.__setattr__(module, "save_pretrained", _no_pretrained)
+
+
+def _no_pretrained(*args: Any, **named: Any) -> None:
+    raise ArgumentError(
+        "save_pretrained: batch norms of this network were folded away.",
+        why="from_pretrained makes the network with its batch norms again, finds no values for them, and gives "
+        "other answers.",
+        mend="save the network it was folded from and fold after loading; or torch.save(folded.state_dict(), ...).",
+    )

@@ -1,0 +1,455 @@
+"""One fold under way: which norm may go where, by the flow of values, and the change itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import ShapeError
+from batchnorm.network.fold.affine import (
+    Affine,
+    affine_of,
+    agrees_locally,
+    channels_in,
+    channels_out,
+    exact_after,
+    fold_into_after,
+    fold_into_before,
+    fold_into_norm,
+    foldable_layer,
+    own_forward,
+)
+from batchnorm.network.fold.axes import Axis, follow_axis
+from batchnorm.network.normalized import Normalized
+from batchnorm.network.record import Record
+from batchnorm.network.values.find import Flow, Unproven, batch_norms
+from batchnorm.network.values.modules import LAYERS, has_hooks, is_layer
+from batchnorm.network.values.values import Call
+
+TOOL = "fold"
+
+
+class FoldedAway(nn.Identity):
+    """What stands where a norm was: nothing is done, and the name stays.
+
+    Not of ``torch.nn``, so ``torch.fx`` takes it for no step, and a layer and an activation around it are
+    neighbours to whoever fuses them. It is pickled as ``torch.nn.Identity``: a folded network that is saved
+    whole loads where this package is not installed.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedAway:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return nn.Identity, (), self.__dict__
+
+
+class FoldedNorm(nn.Identity):
+    """What stands for a folded norm of a Linear layer when the number of axes of its data was not known.
+
+    The fold is right for (N, C) data, where the features are the norm's channels. On (N, L, C) data the norm
+    would have taken L for the channels, so such data is refused here.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Hand on the input.
+
+        Parameters
+        ----------
+        input : Tensor, shape (N, C)
+            Output of the folded layer.
+
+        Returns
+        -------
+        Tensor
+            ``input``.
+
+        Raises
+        ------
+        ShapeError
+            ``input`` has another number of axes.
+        """
+        if isinstance(input, Tensor) and input.dim() != 2:  # no tensor: a tracer looks on
+            raise ShapeError(
+                f"fold: a norm was folded into a Linear layer for (N, C) data, and this is {tuple(input.shape)}.",
+                why="on more axes the norm's channels are not the layer's features.",
+                mend="fold(model, example=...) with data of this kind says what can be folded.",
+            )
+        return input
+
+
+@dataclass
+class Folding:
+    """One fold under way: planned on the flow of ``model``, done on ``result``.
+
+    Parameters
+    ----------
+    model, result : torch.nn.Module
+        The given network, which is only looked at, and its copy, which is changed.
+    flow : Flow
+        Of ``model`` in eval mode.
+    certain : bool
+        Whether the number of axes seen is that of the user's data.
+    alone : bool
+        Whether no run of the whole network can check the result, so that each layer must be checked alone.
+    steps : list of tuple of str
+        Done so far: way (``"before"``, ``"after"``, ``"norm"``), path of the norm, path of what took it.
+    gone : set of int
+        ``id`` of the norms that are folded.
+    affines : dict
+        ``id`` of a norm to what it does.
+    reasons : dict
+        Path of a norm to why each way was closed.
+    done : dict
+        Path of a folded norm to where it went.
+    """
+
+    model: nn.Module
+    result: nn.Module
+    flow: Flow
+    certain: bool
+    alone: bool
+    steps: list[tuple[str, str, str]] = field(default_factory=list)
+    gone: set[int] = field(default_factory=set)
+    affines: dict[int, Affine] = field(default_factory=dict)
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+    done: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.owners: dict[int, set[str]] = {}
+        self.held: dict[int, str] = {}
+        for path, module in self.model.named_modules():
+            for tensor in module._parameters.values():
+                if tensor is not None:
+                    self.owners.setdefault(id(tensor), set()).add(path)
+            for name, value in vars(module).items():
+                if name != "_modules":
+                    for kept in _modules_in(value):
+                        self.held[id(kept)] = f"{path or 'the model'}, attribute {name}"
+
+    # -- the order of things ----------------------------------------------------------------------------
+    def fold_all(self) -> None:
+        """Fold every norm that can be: into the layer in front, else the one behind, else the norm in front."""
+        norms = [norm for _, norm in batch_norms(self.model)]
+        for norm in norms:
+            self._attempt(norm, self._measure)
+        norms = [norm for norm in norms if id(norm) in self.affines]
+        norms.sort(key=lambda norm: min((c.order for c in self.flow._calls.get(id(norm), [])), default=0))
+        attempts: list[tuple[Callable[[nn.Module], None], bool]] = [
+            (self._before, False),
+            (self._after, True),
+            (self._into_norm, True),
+        ]
+        for attempt, backwards in attempts:
+            for norm in reversed(norms) if backwards else norms:
+                if id(norm) not in self.gone:
+                    self._attempt(norm, attempt)
+
+    def _attempt(self, norm: nn.Module, attempt: Callable[[nn.Module], None]) -> None:
+        try:
+            attempt(norm)
+        except Unproven as why:
+            reasons = self.reasons.setdefault(self.flow.path(norm), [])
+            if str(why) not in reasons:
+                reasons.append(str(why))
+
+    def _measure(self, norm: nn.Module) -> None:
+        path = self.flow.path(norm)
+        if has_hooks(norm):
+            raise Unproven("it has hooks")
+        if id(norm) in self.held:
+            raise Unproven(f"it is also kept in {self.held[id(norm)]}")
+        if hasattr(norm, "parametrizations"):
+            raise Unproven("its weight is computed by a parametrization")
+        readers = self.flow.readers_elsewhere(norm)
+        if readers:
+            raise Unproven(
+                f"its parameters or buffers are read by name in the forward of {', '.join(readers)}"
+            )
+        if isinstance(norm, _BatchNorm) and self.result.get_submodule(path).training:
+            raise Unproven("it stays in training mode when the network is in eval mode")
+        self.affines[id(norm)] = affine_of(norm)
+
+    # -- the three ways ---------------------------------------------------------------------------------
+    def _before(self, norm: nn.Module) -> None:
+        affine, layer = self.affines[id(norm)], self._layer_in_front(norm)
+        self._check_layer(layer, own=False)
+        if channels_out(layer) != affine.scale.numel():
+            raise Unproven(
+                f"it has {affine.scale.numel()} channels, and {self.flow.path(layer)} {channels_out(layer)}"
+            )
+        known = False
+        for call in self.flow.calls(layer):
+            axis: Axis | None = Axis.behind(call)
+            reader = self.flow.sole_reader(call.output)
+            value = call.output
+            while reader.module is not norm:
+                axis = self._pass(reader, axis, value.shape)
+                value = reader.output
+                reader = self.flow.sole_reader(value)
+            known = self._same_axis(axis, norm, layer) or known
+        straight = not self._is_reshaped(norm)
+        if not known and not straight:
+            raise Unproven(f"values are reshaped between {self.flow.path(layer)} and it; pass example=")
+        guard = straight and not self.certain and isinstance(layer, nn.Linear) and affine.channel_dim >= 0
+        self._change(norm, layer, affine, fold_into_before, after=False)
+        rest = affine.tail
+        if guard:
+            rest = FoldedNorm() if _is_identity(rest) else nn.Sequential(FoldedNorm(), rest)
+        self._replace(norm, rest)
+
+    def _layer_in_front(self, norm: nn.Module) -> nn.Module:
+        found: nn.Module | None = None
+        for call in self.flow.calls(norm):
+            if len(call.inputs) != 1:
+                raise Unproven("it is given a residual or a mask besides its input")
+            maker = call.inputs[0].producer
+            while maker is not None and maker.inputs and (self._passes(maker) or maker.op in Axis.MOVES):
+                maker = maker.inputs[0].producer
+            if maker is None:
+                raise Unproven("no layer is seen in front of it")
+            if maker.module is None or not is_layer(maker.module):
+                raise Unproven(
+                    f"it follows {maker.op} {maker.path if maker.module is not None else ''}".strip()
+                )
+            if found is not None and maker.module is not found:
+                raise Unproven(
+                    f"it is shared: it follows {self.flow.path(found)} and {self.flow.path(maker.module)}"
+                )
+            found = maker.module
+        assert found is not None
+        return found
+
+    def _after(self, norm: nn.Module) -> None:
+        affine = self.affines[id(norm)]
+        layer: nn.Module | None = None
+        for call in self.flow.calls(norm):
+            if len(call.inputs) != 1:
+                raise Unproven("it is given a residual or a mask besides its input")
+            reader = self._reader(call)
+            if reader.module is None or not is_layer(reader.module) or not _is_identity(affine.tail):
+                what = reader.path if reader.module is not None else reader.op
+                raise Unproven(f"{what or reader.op} stands behind it" if _is_identity(affine.tail) else "")
+            if layer is not None and reader.module is not layer:
+                raise Unproven(f"it is shared: {self.flow.path(layer)} and {reader.path} follow it")
+            layer = reader.module
+        if layer is None:
+            return
+        self._check_layer(layer, own=True)
+        for call in self.flow.calls(layer):
+            maker = call.inputs[0].producer
+            while maker is not None and maker.inputs and self._passes(maker):
+                maker = maker.inputs[0].producer
+            if maker is None or maker.module is not norm:
+                raise Unproven(f"{self.flow.path(layer)} behind it also reads other values")
+        if channels_in(layer) != affine.scale.numel():
+            raise Unproven(
+                f"it has {affine.scale.numel()} channels, and {self.flow.path(layer)} reads {channels_in(layer)}"
+            )
+        objection = exact_after(layer, affine)
+        if objection:
+            raise Unproven(f"{self.flow.path(layer)} behind it: {objection}")
+        guard = False
+        if isinstance(layer, nn.Linear):
+            ranks = {len(c.output.shape) for c in self.flow.calls(layer) if c.output.shape is not None}
+            if affine.channel_dim >= 0 and ranks - {2}:
+                raise Unproven(
+                    f"its channel axis is 1, and {self.flow.path(layer)} behind it reads the last of {max(ranks)}"
+                )
+            guard = affine.channel_dim >= 0 and not self.certain
+        elif affine.channel_dim not in (1, -1 - len(layer.kernel_size)):  # type: ignore[arg-type]
+            raise Unproven(
+                f"its channel axis is {affine.channel_dim}, and that of {self.flow.path(layer)} is 1"
+            )
+        self._change(norm, layer, affine, fold_into_after, after=True)
+        self._replace(norm, FoldedNorm() if guard else nn.Identity())
+
+    def _into_norm(self, norm: nn.Module) -> None:
+        affine = self.affines[id(norm)]
+        first: nn.Module | None = None
+        for call in self.flow.calls(norm):
+            maker = call.inputs[0].producer if len(call.inputs) == 1 else None
+            while maker is not None and maker.inputs and self._passes(maker):
+                maker = maker.inputs[0].producer
+            if (
+                maker is None
+                or maker.module is None
+                or id(maker.module) not in self.affines
+                or (first or maker.module) is not maker.module
+            ):
+                return
+            first = maker.module
+        if (
+            first is None
+            or id(first) in self.gone
+            or first is norm
+            or (not own_forward(first, (_BatchNorm,)) and not hasattr(first, "channel_dim"))
+        ):
+            return
+        before = self.affines[id(first)]
+        if (
+            not _is_identity(before.tail)
+            or first._parameters.get("weight") is None
+            or first._parameters.get("bias") is None
+        ):
+            return
+        if before.channel_dim != affine.channel_dim or before.scale.numel() != affine.scale.numel():
+            return
+        for call in self.flow.calls(first):
+            if self._reader(call).module is not norm:
+                return
+        fold_into_norm(self.result.get_submodule(self.flow.path(first)), affine)
+        self.affines[id(first)] = Affine(
+            before.scale * affine.scale,
+            before.shift * affine.scale + affine.shift,
+            before.tail,
+            before.channel_dim,
+        )
+        self._note(norm, first, "norm")
+        self._replace(norm, affine.tail)
+
+    # -- conditions -------------------------------------------------------------------------------------
+    def _passes(self, call: Call) -> bool:
+        if call.module is not None and id(call.module) in self.gone:
+            return _is_identity(self.affines[id(call.module)].tail)
+        return call.passes_on
+
+    def _pass(self, reader: Call, axis: Axis | None, shape: tuple[int, ...] | None) -> Axis | None:
+        if self._passes(reader):
+            return axis
+        if (reader.op in Axis.MOVES and reader.module is None) or isinstance(reader.module, nn.Flatten):
+            return follow_axis(reader, axis, shape, reader.output.shape)
+        raise Unproven(f"the layer in front is also used by {reader.op} {reader.path}".strip())
+
+    def _reader(self, call: Call) -> Call:
+        reader = self.flow.sole_reader(call.output)
+        while self._passes(reader):
+            reader = self.flow.sole_reader(reader.output)
+        return reader
+
+    def _is_reshaped(self, norm: nn.Module) -> bool:
+        for call in self.flow.calls(norm):
+            maker = call.inputs[0].producer
+            while maker is not None and self._passes(maker) and maker.inputs:
+                maker = maker.inputs[0].producer
+            if maker is not None and maker.op in Axis.MOVES:
+                return True
+        return False
+
+    def _same_axis(self, axis: Axis | None, norm: nn.Module, layer: nn.Module) -> bool:
+        """Whether the layer's channels are known to be the norm's; raises when they are known not to be."""
+        if axis is None:
+            return False
+        same = axis.is_same(self.affines[id(norm)].channel_dim)
+        if same is False:
+            raise Unproven(
+                f"its channel axis is {self.affines[id(norm)].channel_dim}, and the channels of "
+                f"{self.flow.path(layer)} are axis {axis.place}" + (f" of {axis.rank}" if axis.rank else "")
+            )
+        return bool(same)
+
+    def _check_layer(self, layer: nn.Module, *, own: bool) -> None:
+        path = self.flow.path(layer)
+        if has_hooks(layer):
+            raise Unproven(f"{path} has hooks")
+        reason = foldable_layer(layer)
+        if reason:
+            raise Unproven(reason.format(path=path))
+        for name, tensor in layer._parameters.items():
+            others = sorted(self.owners.get(id(tensor), set()) - {path}) if tensor is not None else []
+            if others:
+                raise Unproven(
+                    f"the {name} of {path} is shared with {', '.join(o or 'the model' for o in others)}"
+                )
+        readers = self.flow.readers_elsewhere(layer)
+        if readers:
+            raise Unproven(f"parameters of {path} are read by name in the forward of {', '.join(readers)}")
+        if own and not own_forward(layer, LAYERS):
+            raise Unproven(f"{path} has a forward of its own, which may pad")
+
+    # -- acts -------------------------------------------------------------------------------------------
+    def _change(
+        self,
+        norm: nn.Module,
+        layer: nn.Module,
+        affine: Affine,
+        change: Callable[[Any, Affine], None],
+        *,
+        after: bool,
+    ) -> None:
+        path = self.flow.path(layer)
+        target: Any = self.result.get_submodule(path)
+        check = self.alone or not own_forward(layer, LAYERS)
+        before: Any = copy.deepcopy(target) if check else None
+        change(target, affine)
+        if check:
+            try:
+                agrees = agrees_locally(before, target, affine, after=after)
+            except Exception:
+                agrees = False
+            if not agrees:
+                with torch.no_grad():
+                    target.weight.copy_(before.weight)
+                target.bias = before.bias
+                raise Unproven(
+                    f"the forward of {path} ({type(layer).__name__}) is not one that scales with its weight"
+                )
+        self._note(norm, layer, "after" if after else "before")
+
+    def _note(self, norm: nn.Module, target: nn.Module, way: str) -> None:
+        norm_path, path = self.flow.path(norm), self.flow.path(target)
+        self.gone.add(id(norm))
+        self.steps.append((way, norm_path, path))
+        self.done[norm_path] = f"into {path} {'behind' if way == 'after' else 'before'} it"
+
+    def _replace(self, norm: nn.Module, by: nn.Module) -> None:
+        by = (FoldedAway() if type(by) is nn.Identity else by).eval()
+        for name in self.flow.names(norm):
+            above, _, last = name.rpartition(".")
+            parent = self.result.get_submodule(above)
+            parent._modules[last] = by
+            if type(parent) is Normalized and type(by) is FoldedAway and not has_hooks(parent):
+                over, _, place = above.rpartition(".")
+                if above:
+                    self.result.get_submodule(over)._modules[place] = parent.layer
+
+    def record(self) -> Record:
+        """Tell of every norm where it went, or why it stayed.
+
+        Returns
+        -------
+        Record
+            One row a norm.
+        """
+        told = Record()
+        for path, norm in batch_norms(self.model):
+            kind = type(norm).__name__
+            if path in self.done:
+                told.add(path, kind, "folded", self.done[path], tool=TOOL)
+            else:
+                reasons = [r for r in self.reasons.get(path, []) if r] or ["no neighbour can take it"]
+                told.leave(path, kind, "; ".join(reasons), tool=TOOL)
+        return told
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity)
+
+
+def _modules_in(value: Any) -> list[nn.Module]:
+    if isinstance(value, nn.Module):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [item for item in value if isinstance(item, nn.Module)]
+    return []

@@ -1,0 +1,1 @@
+"""Networks whose statistics are those of all ranks, and what ranks do together."""

@@ -1,0 +1,258 @@
+"""Pool the training statistics of every batch norm of a network over ranks, and take that back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.distributed.groups import WORLD, Names, initialised, names_of
+from batchnorm.errors import ArgumentError
+from batchnorm.modules import BatchNorm2d, Layer
+from batchnorm.network.layers.adopt import become_ours, become_torch
+from batchnorm.network.model import check_model
+from batchnorm.network.record import Record, write_record
+
+_TOOL = "synchronize"
+_BEFORE = "_before_synchronize"
+
+
+class PooledBatchNorm(BatchNorm2d):
+    __doc__ = """What a ``torch.nn.SyncBatchNorm`` becomes: of any number of axes, as that is."""
+    _dimensions = (2, 3, 4, 5)
+
+
+class _Impossible(Exception):
+    """A layer stays as it is; the text says why."""
+
+
+def synchronize(model: nn.Module, group: Any = None) -> nn.Module:
+    """Pool the training statistics of every batch norm over the ranks of a process group.
+
+    Then the layers normalize with mean and variance of all ranks' values, weighted by how many each has (a
+    rank may have none), and the gradients of the inputs are those of the sum of all ranks' losses. The
+    gradients of gamma and beta stay local sums, as those of every other parameter, for
+    ``DistributedDataParallel`` or FSDP to average. A step costs one message a layer and direction; eval,
+    frozen layers, a group of one and a process without `torch.distributed` cost none.
+
+    Every layer stays the same object, with its hooks, Parameters, buffers and shared places. Layers of torch
+    and of classes derived from them become ours; `desynchronize` gives back what was there.
+
+    Parameters
+    ----------
+    model : Module
+        The network, before it is wrapped (``DistributedDataParallel``, ``fully_shard``) or after; changed in
+        place. Call it on every rank.
+    group : None, str, ProcessGroup or DeviceMesh
+        None or ``"world"``: all ranks, looked up when a batch comes, so that it may be called before
+        ``init_process_group``. A mesh with two dimensions: pooled along the last, then along the first; fewer
+        bytes for many ranks. ``"own"``: all ranks, in a new process group that nothing else uses, so that no
+        other collective is ever mistaken for one of these. A ``torch.nn.SyncBatchNorm`` keeps its own group
+        under None.
+
+    Returns
+    -------
+    Module
+        ``model``. ``batchnorm.record(model)`` names every layer, and those left alone with the reason.
+
+    Raises
+    ------
+    ArgumentError
+        A layer has a ``virtual_batch_size``; the group is none, or not one of this rank's. On any exception
+        the model is as it was.
+
+    References
+    ----------
+    Ioffe and Szegedy 2015, arXiv:1502.03167, for the statistics of a mini-batch; Chan, Golub and LeVeque 1983
+    for their merge.
+
+    Examples
+    --------
+    >>> import torch, batchnorm
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    >>> batchnorm.synchronize(model)[1].process_group
+    ('world',)
+    >>> type(batchnorm.desynchronize(model)[1]) is torch.nn.BatchNorm2d
+    True
+    """
+    check_model(model, _TOOL)
+    names = _own_group() if isinstance(group, str) and group == "own" else names_of(group)
+    told = Record()
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    for path, layer in layers:
+        if getattr(layer, "virtual_batch_size", None) is not None:
+            raise ArgumentError(
+                f"synchronize: virtual_batch_size={layer.virtual_batch_size!r} normalizes parts of a batch apart.",
+                why="it is the opposite wish, and ranks with batches of different sizes would cut different parts.",
+                mend="set virtual_batch_size=None; or leave this model unsynchronized.",
+                at=path,
+            )
+    undo: list[Callable[[], None]] = []
+    try:
+        for path, layer in layers:
+            kind = type(layer).__name__
+            undo.append(_snapshot(layer))
+            try:
+                over = _synchronize(path, layer, names, group is None)
+            except _Impossible as why:
+                undo.pop()()
+                told.leave(path, kind, str(why), tool=_TOOL)
+            else:
+                told.add(path, kind, "synchronized", f"pools over {', '.join(over)}", tool=_TOOL)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    return write_record(model, told)
+
+
+def desynchronize(model: nn.Module) -> nn.Module:
+    """Undo `synchronize`: every layer has its class and group from before, and keeps what it has learned.
+
+    Parameters
+    ----------
+    model : Module
+        The network, changed in place.
+
+    Returns
+    -------
+    Module
+        ``model``. ``batchnorm.record(model)`` names every layer; one with an option that its class of before
+        does not have stays ours, without pooling.
+
+    Raises
+    ------
+    ArgumentError
+        ``model`` is no network.
+
+    Examples
+    --------
+    >>> import torch, batchnorm
+    >>> model = batchnorm.synchronize(torch.nn.Sequential(torch.nn.SyncBatchNorm(4)))
+    >>> type(batchnorm.desynchronize(model)[0]).__name__
+    'SyncBatchNorm'
+    """
+    check_model(model, "desynchronize")
+    told = Record()
+    for path, layer in model.named_modules():
+        if isinstance(layer, Layer) and layer.process_group is not None:
+            kind = type(layer).__name__
+            reason = _desynchronize(layer)
+            now = type(layer).__name__
+            told.add(
+                path,
+                kind,
+                "desynchronized",
+                now,
+                f"stays ours: {reason}" if reason else "",
+                tool="desynchronize",
+            )
+        elif isinstance(layer, nn.SyncBatchNorm):
+            why = "torch's own: convert(model, 'batchnorm') makes it one that does not pool"
+            told.leave(path, type(layer).__name__, why, tool="desynchronize")
+    return write_record(model, told)
+
+
+def _own_group() -> Names:
+    if not initialised():
+        raise ArgumentError(
+            'synchronize: group="own" makes a process group, and torch.distributed is not initialised.',
+            why="every rank has to take part when a group is made.",
+            mend="init_process_group() first; or group=None, which is looked up when it is used.",
+        )
+    return names_of(dist.new_group())
+
+
+def _synchronize(path: str, layer: Any, names: Names, by_default: bool) -> Names:
+    before: dict[str, Any] = layer.__dict__.get(_BEFORE, {})
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        raise _Impossible("lazy: it has no channels before its first batch; run one, then synchronize")
+    if isinstance(layer, Layer):
+        before = before or {"group": layer.process_group, "path": layer.pooled_as, "class": None}
+        if by_default and before.get("group") is not None and _BEFORE not in layer.__dict__:
+            names = before["group"]  # type: ignore[assignment]
+    elif isinstance(layer, nn.SyncBatchNorm):
+        if type(layer) is not nn.SyncBatchNorm or "forward" in layer.__dict__:
+            raise _Impossible(
+                f"its class {type(layer).__name__} does more than batch norm, which would be lost"
+            )
+        own = layer.__dict__.pop("process_group")
+        before = {"class": nn.SyncBatchNorm, "group": None, "path": "", "own": own}
+        if by_default and own is not None:
+            names = names_of(own)
+        _take_on_any(layer)
+    else:
+        before = {"class": type(layer), "group": None, "path": ""}
+        reason = become_ours(layer)
+        if reason:
+            raise _Impossible(reason)
+    layer.__dict__[_BEFORE] = before
+    layer.process_group, layer.pooled_as = names, path or type(layer).__name__
+    return names
+
+
+def _take_on_any(layer: Any) -> None:
+    fresh = PooledBatchNorm.adopt(layer)
+    layer.__class__ = PooledBatchNorm
+    for name, value in fresh.__dict__.items():
+        layer.__dict__.setdefault(name, value)
+    layer.widen()
+
+
+def _desynchronize(layer: Any) -> str:
+    before = layer.__dict__.pop(_BEFORE, {"group": None, "path": "", "class": None})
+    layer.process_group, layer.pooled_as = before["group"], before["path"]
+    if before["class"] is None:
+        return ""
+    if before["class"] is not nn.SyncBatchNorm:
+        return become_torch(layer)
+    plain = nn.BatchNorm1d(1, device="meta")
+    layer.__class__ = BatchNorm2d
+    reason = become_torch(layer)
+    if reason:
+        layer.__class__ = PooledBatchNorm
+        return reason
+    layer.__class__ = nn.SyncBatchNorm
+    for name in set(layer.__dict__) & (set(BatchNorm2d(1, device="meta").__dict__) - set(plain.__dict__)):
+        del layer.__dict__[name]
+    layer.process_group = before["own"]
+    return ""
+
+
+def _snapshot(layer: nn.Module) -> Callable[[], None]:
+    cls, held = type(layer), dict(layer.__dict__)
+    tables = {
+        n: held[n].copy() for n in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    }
+
+    def back() -> None:
+        layer.__class__ = cls
+        layer.__dict__.clear()
+        layer.__dict__.update({**held, **tables})
+
+    return back
+
+
+def pooled_over(model: nn.Module) -> Names | None:
+    """Give the group over which a model's layers pool.
+
+    Parameters
+    ----------
+    model : Module
+        The network.
+
+    Returns
+    -------
+    tuple of str or None
+        Of the first layer that pools; None where none does.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Layer) and layer.process_group is not None:
+            return layer.process_group
+    return None
+
+
+__all__ = ["WORLD", "PooledBatchNorm", "desynchronize", "pooled_over", "synchronize"]

@@ -1,0 +1,182 @@
+"""Statistics for inputs whose distribution has shifted from training's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import ArgumentError, ShapeError
+from batchnorm.kernels.select import select
+from batchnorm.layout import channel_axis, values_per_channel
+from batchnorm.network.inputs import FORWARD, move_to, run_batch, single_device
+from batchnorm.network.model import check_model, check_number
+from batchnorm.network.undo import Undo, hook_before, set_modes, stop_gradients, write_together
+from batchnorm.population import blend, merge
+from batchnorm.validation import spread_mask
+
+
+class _Blender:
+    """One layer's source statistics, what a test batch showed, and the blend of both."""
+
+    def __init__(self, layer: _BatchNorm, prior: float) -> None:
+        self.layer, self.prior = layer, prior
+        self.source = (layer.running_mean.clone(), layer.running_var.clone())  # type: ignore[union-attr]
+        wide = [v.to(torch.float64 if v.device.type != "mps" else v.dtype) for v in self.source]
+        self.mean, self.var = wide
+        zeros = torch.zeros_like(self.mean)
+        self.samples = 0
+        self.seen = (zeros, zeros, zeros)
+
+    def observe(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        z = args[0] if args else kwargs["input"]
+        mask = kwargs.get("mask", args[2] if len(args) > 2 else None)
+        if z.dim() < 2 or not z.is_floating_point():
+            return  # the layer itself says what is wrong
+        axis = channel_axis(z.dim(), getattr(layer, "channel_dim", 1))
+        if z.shape[axis] != len(self.mean) or values_per_channel(z.shape, axis) == 0:
+            return
+        keep = None if mask is None else spread_mask(mask, z, axis)
+        count, mean, m2 = select(z).batch_statistics(z.detach(), axis, keep, self.mean.dtype)
+        finite = torch.isfinite(mean) & torch.isfinite(m2) & (count > 0)
+        merged = merge(*self.seen, count.expand(mean.shape), mean, m2)
+        self.seen = tuple(torch.where(finite, new, old) for new, old in zip(merged, self.seen, strict=True))  # type: ignore[assignment]
+        self.samples += z.shape[0]
+        self.write()
+
+    def write(self) -> None:
+        count, mean, m2 = self.seen
+        var = m2 / count.clamp(min=1)
+        blended = blend(self.prior, self.mean, self.var, self.samples, mean, var)
+        for buffer, new, old in zip(self.buffers(), blended, self.source, strict=True):
+            buffer.copy_(torch.where(count > 0, new.to(buffer.dtype), old))
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        return self.layer.running_mean, self.layer.running_var  # type: ignore[return-value]
+
+
+class adapt:
+    """Blend the running statistics of a model with those of a batch of test inputs.
+
+    Where test inputs come from a shifted distribution (fog, noise, another camera), the statistics of
+    training do not fit, and a few test inputs without labels repair much of the harm. In each layer::
+
+        mean = (prior * source_mean + n * batch_mean) / (prior + n)
+
+    and the variance is that of the mixture of the two distributions, the spread between the two means
+    included. n is the number of samples. The batch runs through the model once; each layer sees what the
+    adapted layers before it put out.
+
+    The statistics stay adapted until `restore` is called. Used in a ``with`` statement, the source
+    statistics come back when the block ends, whatever happens in it. Only ``running_mean`` and
+    ``running_var`` are written, in eval mode, for our layers and torch's; frozen layers too, for to freeze
+    is about training.
+
+    Parameters
+    ----------
+    model : Module
+        A trained network; its statistics are changed in place, its mode is not.
+    batch : Tensor, tuple, list or mapping
+        Test inputs: a tensor, a tuple or list whose first element is the input, or keyword arguments.
+    prior : float, default 16
+        How many samples the source statistics are worth. 0 keeps nothing of them; inf everything.
+    forward : callable, optional
+        ``forward(model, batch)`` runs the model on a batch of any structure.
+
+    Raises
+    ------
+    ArgumentError
+        A negative prior, or a model without batch-norm statistics.
+    ShapeError
+        The batch reaches no batch norm with a sample in it.
+
+    References
+    ----------
+    Schneider et al. 2020, arXiv:2006.16971, equation 3 (their N is ``prior``); Nado et al. 2020,
+    arXiv:2006.10963.
+
+    Examples
+    --------
+    >>> import torch, batchnorm
+    >>> layer = batchnorm.BatchNorm1d(1).eval()
+    >>> with batchnorm.adapt(layer, torch.full((16, 1), 4.0), prior=16):
+    ...     print(layer.running_mean, layer.running_var)
+    tensor([2.]) tensor([4.5000])
+    >>> layer.running_mean
+    tensor([0.])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        prior: float = 16,
+        *,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        check_model(model, "adapt")
+        check_number(
+            "adapt",
+            "prior",
+            prior,
+            "not negative",
+            lambda samples: samples >= 0,
+            why="it is a number of samples.",
+            mend="16 suits small test batches; 0 uses the batch alone.",
+        )
+        if forward is not None and not callable(forward):
+            raise ArgumentError(f"adapt: forward={forward!r} is no function.", mend=FORWARD)
+        layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        if not layers:
+            raise ArgumentError(
+                f"adapt: {type(model).__name__} has no batch norm with running statistics.",
+                why="there is nothing to blend.",
+                mend="a folded network has none left: adapt before you fold.",
+            )
+        self.model, self.prior = model, prior
+        self._blenders = [_Blender(layer, prior) for layer in layers]
+        self._end = Undo(always=True)
+        self._end.add(self.restore)
+        device = single_device(model)
+        undo, end = Undo(), Undo(always=True)
+        with undo, undo:
+            undo.add(self.restore)
+            with end, end:
+                set_modes(end, model, False)
+                for blender in self._blenders:
+                    hook_before(end, blender.layer, blender.observe)
+                stop_gradients(end)
+                with torch.compiler.set_stance("force_eager"):
+                    if forward is not None:
+                        forward(model, batch)
+                    else:
+                        run_batch(model, batch if device is None else move_to(batch, device), "adapt")
+            if not any(blender.samples for blender in self._blenders):
+                raise ShapeError(
+                    "adapt: the batch holds no sample, or reaches no batch norm.",
+                    why="there is nothing to adapt to.",
+                    mend="give at least one input of the kind the model takes.",
+                )
+
+    def restore(self) -> None:
+        """Give every layer its source statistics back; it may be called again."""
+        write_together(
+            [buffer for blender in self._blenders for buffer in blender.buffers()],
+            [value for blender in self._blenders for value in blender.source],
+        )
+
+    def __enter__(self) -> adapt:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._end, self._end:
+            pass
