@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import types
 import warnings
@@ -12,6 +13,7 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 from torch import nn
 from torch.fx import _symbolic_trace
+from torch.nn.modules import module as torch_module
 
 from batchnorm.compiling import MARK
 from batchnorm.network.accelerate.told import TOOL, Graph, first_line, rows
@@ -38,6 +40,9 @@ class Accelerated:
         if self.given_up or stands_aside():
             return self.model._call_impl(*args, **kwargs)
         compiled = self.compiled
+        if compiled.full:
+            self.compiled = compiled = Compiled(compiled.name)
+            compiled.models.add(self.model)
         seen, began = compiled.events, time.perf_counter()
         try:
             return compiled.run(self.model, *args, **kwargs)
@@ -84,6 +89,7 @@ def stands_aside() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
+        or torch_module._has_any_global_hook()
     )
 
 
@@ -102,6 +108,7 @@ class Compiled:
         self.recompiled: list[str] = []
         self.seconds = 0.0
         self.events = 0
+        self.full = False
         self.models: WeakSet[nn.Module] = WeakSet()
         self._failures: list[tuple[types.CodeType, str]] = []
         self.run = self._first
@@ -127,10 +134,15 @@ class Compiled:
         # a code object of their own, for Dynamo counts what it compiles by code, over all models of a process
         code = _call.__code__.replace(co_name=f"accelerated_{self.name}")
         call = types.FunctionType(code, _call.__globals__)
-        try:
-            return _dynamo.optimize(batchnorm, guard_fail_fn=self._failed, isolate_recompiles=True)(call)
-        except TypeError:  # before torch 2.13
-            return _dynamo.optimize(batchnorm, guard_fail_fn=self._failed)(call)
+        options: dict[str, Any] = {"guard_fail_fn": self._failed}
+        if "isolate_recompiles" in inspect.signature(_dynamo.optimize).parameters:  # from torch 2.13 on
+            options["isolate_recompiles"] = True
+        context: Any = _dynamo.optimize(batchnorm, **options)
+        # by default Dynamo looks at hooks when it compiles, and never again
+        context.enter_exit_hooks.append(
+            _dynamo.config._make_closure_patcher(skip_nnmodule_hook_guards=False)  # type: ignore[attr-defined]
+        )
+        return context(call)
 
     def _failed(self, failure: Any) -> None:
         self._failures.append((failure.orig_code, _shortened(failure.reason)))
@@ -156,6 +168,9 @@ class Compiled:
             limit = _limit_hit(code, len(reasons))
             if not limit:
                 self.recompiled.append(reasons[-1])
+                continue
+            if len(self.models) > 1:
+                self.full = True  # they do not compile alike: each gets one of its own
                 continue
             name = f"torch._dynamo.config.{limit}"
             value = getattr(torch._dynamo.config, limit)
@@ -204,7 +219,7 @@ def compiled_for(model: nn.Module) -> Compiled:
     """
     key = _looks(model)
     found = _COMPILED.get(key)
-    if found is None:
+    if found is None or found.full:
         found = _COMPILED[key] = Compiled(type(model).__name__)
     return found
 

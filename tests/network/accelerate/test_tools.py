@@ -1,0 +1,278 @@
+"""Whoever follows, exports, copies or transforms an accelerated model is given the plain one."""
+
+import copy
+import io
+import pickle
+import threading
+
+import networks
+import pytest
+import torch
+from networks import NETWORKS, BasicBlock, assert_same, image, prepared
+from test_answers import together, twins
+from torch import fx, nn
+
+import batchnorm
+from batchnorm import accelerate, record, restore
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    yield
+    torch._dynamo.reset()
+
+
+def called(make=NETWORKS["functional"][0], training=False):
+    """Accelerated and plain, after a call that compiled."""
+    model, plain = twins(make)
+    x = image()
+    for network in (model, plain):
+        network.train(training)(x)
+    return model, plain, x
+
+
+# -- copies --------------------------------------------------------------------------------------------------
+def test_copies_and_files_hold_the_plain_model_and_say_so():
+    model, plain, x = called(NETWORKS["basic"][0])
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (
+        copy.deepcopy(model),
+        copy.copy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert twin.__dict__.get("_compiled_call_impl") is None
+        torch.testing.assert_close(twin(x), plain(x))
+        assert "accelerate it again" in record(twin).reason("")
+        assert together(accelerate(twin)) == [] and twin(x) is not None and len(together(twin)) == 4
+    assert not record(model).left_alone
+    model.load_state_dict(plain.state_dict())
+    assert_same(model, plain)
+
+
+def test_share_memory_and_moves_of_dtype():
+    model, plain, x = called()
+    model.share_memory()
+    assert all(p.is_shared() for p in model.parameters())
+    torch.testing.assert_close(model(x), plain(x))
+    torch.testing.assert_close(model.float()(x.float()), plain.float()(x.float()))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weight_averaging_begun_before_or_after(when):
+    model = prepared(NETWORKS["functional"][0])
+    plain = copy.deepcopy(model)
+    theirs = torch.optim.swa_utils.AveragedModel(plain, use_buffers=True)
+    if when == "after":
+        accelerate(model)
+        model(image())
+        plain(image())
+    ours = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    accelerate(model)
+    for seed in range(3):
+        for network, average in ((model, ours), (plain, theirs)):
+            network(image(seed)).sum().backward()
+            torch.optim.SGD(network.parameters(), 0.01).step()
+            average.update_parameters(network)
+    torch.testing.assert_close(ours.eval()(image()), theirs.eval()(image()))
+
+
+# -- tracers and exporters -----------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_and_symbolic_trace_see_the_plain_model():
+    model, plain, x = called()
+    wanted = plain(x)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), wanted)
+    traced = fx.symbolic_trace(model)
+    assert any(node.op == "call_module" and node.target == "bn" for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(x), wanted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export_records_torchs_own(training):
+    model, plain, x = called(training=training)
+    program = torch.export.export(model, (x,))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert not any("batchnorm::" in name or "batchnorm." in name for name in names)
+    assert any("batch_norm" in name for name in names)
+    torch.testing.assert_close(program.module()(x), plain(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_export(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, plain, x = called(lambda: NETWORKS["functional"][0]())
+    model, plain, x = model.float(), plain.float(), x.float()
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(model, (x,), path, dynamo=True)
+    session = onnxruntime.InferenceSession(path)
+    (given,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(given), plain(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_outer_compiler_decides(training):
+    model, plain, x = called(NETWORKS["basic"][0], training)
+    graphs = []
+
+    def outer(module, inputs):
+        graphs.append([str(node.target) for node in module.graph.nodes])
+        return module.forward
+
+    before = len(model._compiled_call_impl.compiled.graphs)
+    torch.testing.assert_close(torch.compile(model, backend=outer, fullgraph=True)(x), plain(x))
+    assert len(graphs) == 1
+    assert sum("batch_norm" in name for name in graphs[0]) == 5
+    assert len(model._compiled_call_impl.compiled.graphs) == before
+
+
+@pytest.mark.slow
+def test_inductor_outside():
+    model, plain, x = called(NETWORKS["basic"][0], True)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), plain(x))
+
+
+def test_a_model_compiled_already_is_left_to_its_compiler():
+    model = prepared(NETWORKS["functional"][0])
+    model.compile(backend="eager")
+    assert "that compiler decides" in record(accelerate(model)).reason("")
+    compiled = torch.compile(prepared(NETWORKS["functional"][0]), backend="eager")
+    assert "that compiler decides" in record(accelerate(compiled)).reason("")
+
+
+def test_the_backend_by_itself():
+    from batchnorm.network.accelerate.backend import batchnorm as backend
+
+    plain = prepared(NETWORKS["basic"][0])
+    model = torch.compile(copy.deepcopy(plain), backend=backend, fullgraph=True)
+    torch.testing.assert_close(model(image()), plain(image()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_on_graphs_finds_torchs_layers():
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    made = prepared(lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())).float().eval()
+    x = image().float()
+    results = [
+        prepare_fx(copy.deepcopy(m), get_default_qconfig_mapping(), (x,)) for m in (made, accelerate(made))
+    ]
+    torch.testing.assert_close(results[1](x), results[0](x))
+    assert str(results[1].graph) == str(results[0].graph)
+
+
+# -- transformations of functions ----------------------------------------------------------------------------
+def test_functional_call_and_transformations():
+    model, plain, x = called()
+    other = {k: v.detach() * 1.5 for k, v in model.named_parameters()}
+
+    def loss(network):
+        return lambda p: torch.func.functional_call(network, p, (x,)).square().sum()
+
+    torch.testing.assert_close(loss(model)(other), loss(plain)(other))
+    for ours, theirs in zip(
+        torch.func.grad(loss(model))(other).values(), torch.func.grad(loss(plain))(other).values(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.func.vmap(lambda one: model(one[None]))(x), torch.func.vmap(lambda one: plain(one[None]))(x)
+    )
+    tangent = torch.ones_like(x)
+    for ours, theirs in zip(
+        torch.func.jvp(model, (x,), (tangent,)), torch.func.jvp(plain, (x,), (tangent,)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_double_backward():
+    model, plain = twins(NETWORKS["functional"][0])
+    results = []
+    for network in (model, plain):
+        x = image().requires_grad_()
+        (g,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(g.square().sum(), x)[0])
+    torch.testing.assert_close(*results)
+
+
+def test_several_threads():
+    model, plain, _ = called(NETWORKS["basic"][0])
+    other = accelerate(prepared(NETWORKS["functional"][0])).eval()
+    wanted = [plain(image(i)) for i in range(8)]
+    failures = []
+
+    def work(i):
+        try:
+            other(image(i))
+            torch.testing.assert_close(model(image(i)), wanted[i])
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+# -- the package's own tools ---------------------------------------------------------------------------------
+def test_fold_and_insert_as_of_the_plain_model():
+    make = lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))  # noqa: E731
+    for tool in (batchnorm.fold, batchnorm.insert):
+        model, plain, x = called(make)
+        ours, theirs = tool(model, x), tool(plain, x)
+        assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_convert_and_calibrate_an_accelerated_model():
+    model, plain, x = called(NETWORKS["basic"][0])
+    for network in (model, plain):
+        batchnorm.convert(network, "batchnorm")
+        batchnorm.calibrate(network, [image(1), image(2)])
+    assert_same(model, plain)
+    restore(model)
+    assert isinstance(model[0].bn1, batchnorm.BatchNorm2d)
+
+
+# -- many models ---------------------------------------------------------------------------------------------
+def test_equal_blocks_share_what_is_compiled():
+    blocks = nn.Sequential(*[BasicBlock(3, 3) for _ in range(12)]).double()
+    for block in blocks:
+        accelerate(block)
+        block(image())
+    assert {len(b._compiled_call_impl.compiled.graphs) for b in blocks} == {1}
+
+
+def test_equal_blocks_compiled_by_their_user_make_one_graph():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    blocks = [torch.compile(accelerate(BasicBlock(3, 3).double()), backend=backend) for _ in range(12)]
+    for block in blocks:
+        block(image())
+    assert len(graphs) == 1
+
+
+def test_many_different_models_are_each_compiled():
+    for c in range(1, 13):
+        model = accelerate(nn.Sequential(nn.Conv2d(3, c, 1), nn.BatchNorm2d(c), nn.ReLU()).double())
+        model(image())
+        assert together(model) == ["1"]
+
+
+def test_nothing_of_the_process_is_patched():
+    before = dict(vars(nn.Module))
+    model, _, x = called()
+    model(x)
+    assert dict(vars(nn.Module)) == before
+    assert networks.torch.is_tensor(x)
