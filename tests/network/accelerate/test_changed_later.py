@@ -45,9 +45,11 @@ CHANGES = {
     "appended": lambda m: m.append(nn.ReLU()),
     "forward of a norm": lambda m: setattr(m[0].bn1, "forward", lambda x: x * 2),
     "forward of the model": lambda m: setattr(m, "forward", lambda x: m[0](x) * 3),
-    "class of a norm": lambda m: setattr(m[0].bn1, "__class__", nn.SyncBatchNorm)
-    or setattr(m[0].bn1, "process_group", None)
-    or m[0].bn1.eval(),
+    "class of a norm": lambda m: (
+        setattr(m[0].bn1, "__class__", nn.SyncBatchNorm)
+        or setattr(m[0].bn1, "process_group", None)
+        or m[0].bn1.eval()
+    ),
     "class of a block": lambda m: setattr(m[0], "__class__", Doubled),
     "momentum": lambda m: setattr(m[0].bn1, "momentum", 0.5),
     "eps": lambda m: setattr(m[0].bn1, "eps", 0.5),

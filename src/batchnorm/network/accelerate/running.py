@@ -145,7 +145,7 @@ class Compiled:
         return context(call)
 
     def _failed(self, failure: Any) -> None:
-        self._failures.append((failure.orig_code, _shortened(failure.reason)))
+        self._failures.append((failure.orig_code, failure.reason))
         self.events += 1
 
     def is_of_whole_call(self, error: Any) -> bool:
@@ -163,8 +163,7 @@ class Compiled:
         """
         self.seconds += seconds
         failures, self._failures = self._failures, []
-        codes = {code: [reason for c, reason in failures if c is code] for code, _ in failures}
-        for code, reasons in codes.items():
+        for code, reasons in _attempts(failures):
             limit = _limit_hit(code, len(reasons))
             if not limit:
                 self.recompiled.append(reasons[-1])
@@ -181,6 +180,23 @@ class Compiled:
                 stacklevel=3,
             )
             self.recompiled.append(f"none any more, for {name} = {value} is reached")
+
+
+def _attempts(failures: list[tuple[types.CodeType, str]]) -> list[tuple[types.CodeType, list[str]]]:
+    """Why what was compiled did not fit, for each time that something was to be compiled anew.
+
+    Dynamo tells one failure for each of the compiled ones, by the number of their compilation.
+    """
+    attempts: list[tuple[types.CodeType, list[str]]] = []
+    seen: set[tuple[types.CodeType, str]] = set()
+    for code, reason in failures:
+        number = (code, reason.partition(":")[0])
+        if not attempts or attempts[-1][0] is not code or number in seen:
+            attempts.append((code, []))
+            seen.clear()
+        seen.add(number)
+        attempts[-1][1].append(_shortened(reason))
+    return attempts
 
 
 def _shortened(reason: str) -> str:
