@@ -235,7 +235,7 @@ def test_fold_and_insert_as_of_the_plain_model():
 
 
 def test_convert_and_calibrate_an_accelerated_model():
-    model, plain, x = called(NETWORKS["basic"][0])
+    model, plain, _ = called(NETWORKS["basic"][0])
     for network in (model, plain):
         batchnorm.convert(network, "batchnorm")
         batchnorm.calibrate(network, [image(1), image(2)])
