@@ -49,12 +49,12 @@ def observed(z: Tensor) -> bool:
     )
 
 
-def _seen_by_torch(z: Tensor) -> bool:
+def _seen_by_torch(z: Tensor, norm: Norm) -> bool:
     """Whether torch's own batch norm serves, and no transform is at work that knows no statistics written inside."""
     if torch.compiler.is_compiling():
-        return by_torch(z)
+        return by_torch(z, norm)
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return by_torch(z) and not transformed
+    return by_torch(z, norm) and not transformed
 
 
 def _train_by_torch(z: Tensor, norm: Norm, tracking: Tracking | Sink | None) -> Tensor:
@@ -137,7 +137,7 @@ class _Node(torch.autograd.Function):
         fallback: Constants | None = None,
         between: Between | None = None,
     ) -> Tensor:
-        engine = select(z)
+        engine = select(z, norm)
         if moments is None:
             y, kept = _run(engine, z, norm, tracking, mask, fallback, between, True)
         else:
@@ -289,7 +289,7 @@ def normalize_batch(
         if mask is None and (tracking is None or isinstance(tracking, Tracking)):
             return visible.train(z, norm, tracking)
         return _composite(z, norm, None, mask, tracking, fallback)
-    if mask is None and between is None and _seen_by_torch(z):
+    if mask is None and between is None and _seen_by_torch(z, norm):
         return _train_by_torch(z, norm, tracking)
     if torch.compiler.is_compiling():
         operator = operators.training if between is None else between.operator
@@ -301,7 +301,7 @@ def normalize_batch(
         return _composite(z, norm, None, mask, tracking, fallback, between)
     if _recorded(z, norm):
         return _node(z, norm.gamma, norm.beta, residual, norm, None, mask, tracking, fallback, between)
-    return _run(select(z), z, norm, tracking, mask, fallback, between, False)[0]
+    return _run(select(z, norm), z, norm, tracking, mask, fallback, between, False)[0]
 
 
 def normalize_population(
@@ -326,7 +326,7 @@ def normalize_population(
     if torch.compiler.is_compiling() or written_down():
         # compilers fuse torch's own operator, and exporters know its name
         return visible.infer(z, norm, mean, var, mask)
-    if mask is None and _seen_by_torch(z):
+    if mask is None and _seen_by_torch(z, norm):
         if _recorded(z, norm):
             # copies: the live buffers may move before the backward comes
             mean, var = torch.stack((mean, var)).unbind()
@@ -338,7 +338,7 @@ def normalize_population(
         return _composite(z, norm, Moments(mean, (var.to(wide) + norm.eps).rsqrt()), mask)
     recorded = _recorded(z, norm)
     if mask is None and not recorded:
-        return select(z).infer(z, norm, mean, var, z if inplace else None)
+        return select(z, norm).infer(z, norm, mean, var, z if inplace else None)
     dtype = aten.vector_dtype(z)
     # a copy of the mean: the live buffer may move before the backward comes
     moments = Moments(mean.to(dtype, copy=True), aten.inverse_deviation(var, norm.eps, dtype))

@@ -42,10 +42,7 @@ def count(running_mean: Tensor, skipped: Tensor) -> Tensor:
         # a captured graph of an accelerator may not touch memory that it does not know
         return torch.ops.batchnorm.count_skips(running_mean, skipped) if running_mean.is_cpu else skipped
     if type(running_mean) is Tensor and not running_mean.is_meta:
-        if not running_mean.is_cpu:
-            _of(running_mean).add_(skipped.any())
-        elif bool(skipped.any()):
-            _of(running_mean).add_(1)
+        counter(running_mean).add_(skipped.any())
     return skipped
 
 
@@ -57,7 +54,7 @@ def count_one(running_mean: Tensor) -> None:
     running_mean : Tensor, shape (C,)
         The mean that was spared.
     """
-    _of(running_mean).add_(1)
+    counter(running_mean).add_(1)
 
 
 def counted(running_mean: Tensor | None) -> int:
@@ -96,7 +93,19 @@ def _key(running_mean: Tensor) -> tuple[int, int]:
     return running_mean.untyped_storage()._cdata, running_mean.storage_offset()
 
 
-def _of(running_mean: Tensor) -> Tensor:
+def counter(running_mean: Tensor) -> Tensor:
+    """Give the count itself, to be raised where the statistics are.
+
+    Parameters
+    ----------
+    running_mean : Tensor, shape (C,)
+        The mean of some running statistics.
+
+    Returns
+    -------
+    Tensor of int64, shape ()
+        Made at 0 where there is none yet.
+    """
     key = _key(running_mean)
     if key not in _counts:
         for gone in [k for k, (weak, _) in _counts.items() if weak.expired()]:

@@ -10,70 +10,105 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import ArgumentError
-from batchnorm.kernels import aten, cpu
+from batchnorm.kernels import aten, cpu, table, triton
 from batchnorm.kernels import torch as own
-from batchnorm.kernels.contract import Engine
+from batchnorm.kernels.contract import Engine, Norm
 
-ENGINES: dict[str, Engine | None] = {"cpu": cpu.engine, "aten": aten.engine, "torch": own.engine}
-"""Engines by name; None where one was not built."""
+ENGINES = ("aten", "cpu", "torch", "triton")
+"""Engines by name."""
 
 
-def _forced(name: str) -> Engine | None:
-    if name == "":
-        return None
+def _named(name: str) -> Engine:
+    """Give an engine by name, or say why it is not there."""
     if name not in ENGINES:
         raise ArgumentError(
             f"BATCHNORM_ENGINE={name!r} names no engine.",
-            mend=f"one of {', '.join(sorted(ENGINES))}, or unset it.",
+            mend=f"one of {', '.join(ENGINES)}, or unset it.",
         )
-    return ENGINES[name]
+    found: Engine | None = {"aten": aten.engine, "cpu": cpu.engine, "torch": own.engine}.get(name)
+    absence = str(cpu.absence)
+    if name == "triton":
+        found, absence = triton.load()
+    if found is None:
+        raise ArgumentError(
+            f"the engine {name!r} was asked for by name and is not there.",
+            why=absence,
+            mend="install what is missing, or unset BATCHNORM_ENGINE.",
+        )
+    return found
 
 
-_override: Engine | None = _forced(os.environ.get("BATCHNORM_ENGINE", ""))
+_override: Engine | None = None
+if os.environ.get("BATCHNORM_ENGINE"):
+    _override = _named(os.environ["BATCHNORM_ENGINE"])
 
 
-def select(z: Tensor) -> Engine:
+def _refusal(engine: Engine, z: Tensor) -> str:
+    """Say why an engine cannot serve a tensor; empty where it can."""
+    if engine.name == "triton":
+        return triton.refusal(z)
+    if engine.name != "cpu":
+        return ""
+    if not z.is_cpu:
+        return f"it serves the CPU, not {z.device.type!r}"
+    if z.dtype not in cpu.DTYPES:
+        return f"the C++ core does not know {z.dtype}"
+    if z.dim() > cpu.MOST_AXES:
+        return f"the C++ core takes tensors of up to {cpu.MOST_AXES} axes"
+    return "the values in memory have the other sign" if z.is_neg() else ""
+
+
+def _measured(z: Tensor, norm: Norm | None) -> bool:
+    """Whether a measurement says that our Triton kernels win here."""
+    if not table.WINNERS or norm is None or not z.is_cuda or not z.numel() or triton.refusal(z):
+        return False
+    return table.key_of(z, norm) in table.WINNERS
+
+
+def select(z: Tensor, norm: Norm | None = None) -> Engine:
     """Give the fastest engine that is right for a tensor.
 
     Parameters
     ----------
     z : Tensor
         The input of batch normalization.
+    norm : Norm, optional
+        What is to be done with it, where a measurement may decide.
 
     Returns
     -------
     Engine
-        The C++ core for CPU tensors of a dtype it knows, else torch operations.
+        The one forced, where it can serve. Else the C++ core for CPU tensors of a dtype it knows; on every other
+        device torch's own batch norm, or our Triton kernels where they were measured to win.
     """
-    if _override is not None:
+    if _override is not None and not _refusal(_override, z):
         return _override
-    if by_torch(z):
-        return own.engine
-    if (
-        cpu.engine is not None
-        and z.is_cpu
-        and z.dtype in cpu.DTYPES
-        and z.dim() <= cpu.MOST_AXES
-        and not z.is_neg()
-    ):
+    if not z.is_cpu and not z.is_meta:
+        return own.engine if not _measured(z, norm) else _named("triton")
+    if cpu.engine is not None and not _refusal(cpu.engine, z):
         return cpu.engine
     return aten.engine
 
 
-def by_torch(z: Tensor) -> bool:
+def by_torch(z: Tensor, norm: Norm | None = None) -> bool:
     """Whether torch's own batch norm serves a tensor, as operations that torch differentiates and compilers see.
 
     Parameters
     ----------
     z : Tensor
         The input of batch normalization.
+    norm : Norm, optional
+        As for `select`.
 
     Returns
     -------
     bool
-        ``select(z)`` is the engine `torch`, asked in a way that a compiler can follow.
+        ``select(z, norm)`` is the engine `torch`. In a compiled graph the answer is the device's, or that of who
+        forced `torch`: there the operations must be seen, and the compiler fuses them.
     """
-    return not (z.is_cpu or z.is_meta) if _override is None else _override is own.engine
+    if torch.compiler.is_compiling():
+        return _override is own.engine or not (z.is_cpu or z.is_meta)
+    return select(z, norm) is own.engine
 
 
 def reason(z: Tensor) -> str:
@@ -89,19 +124,30 @@ def reason(z: Tensor) -> str:
     str
         One sentence.
     """
+    chosen = select(z).name
     if _override is not None:
-        return f"{_override.name}: forced"
-    if z.device.type != "cpu":
-        return "torch: torch's own batch norm, with our guard around it"
+        refusal = _refusal(_override, z)
+        if not refusal:
+            return f"{chosen}: forced"
+        return f"{chosen}: {_override.name} is forced, and cannot serve ({refusal})"
+    if not z.is_cpu and not z.is_meta:
+        return f"torch: torch's own batch norm, with our guard around it; {_of_triton(z)}"
     if cpu.engine is None:
         return f"aten: the C++ core is not there ({cpu.absence})"
-    if z.dtype not in cpu.DTYPES:
-        return f"aten: the C++ core does not know {z.dtype}"
-    if z.dim() > cpu.MOST_AXES:
-        return f"aten: the C++ core takes tensors of up to {cpu.MOST_AXES} axes"
-    if z.is_neg():
-        return "aten: the values in memory have the other sign"
-    return "cpu: the C++ core"
+    refusal = _refusal(cpu.engine, z)
+    return f"aten: {refusal}" if refusal else "cpu: the C++ core"
+
+
+def _of_triton(z: Tensor) -> str:
+    refusal = triton.refusal(z)
+    if refusal:
+        return f"triton: {refusal}"
+    dtype = str(z.dtype).removeprefix("torch.")
+    here = table.architecture(z.device.index or 0)
+    wins = [key for key in table.WINNERS if key.architecture == here and key.dtype == dtype]
+    if not table.measured():
+        return "triton: no measurement says that it wins anywhere"
+    return f"triton where it was measured to win on {here}: {len(wins)} kinds of call"
 
 
 @contextmanager
@@ -111,7 +157,7 @@ def use(name: str) -> Iterator[Engine]:
     Parameters
     ----------
     name : str
-        ``"cpu"`` or ``"aten"``.
+        One of `ENGINES`.
 
     Yields
     ------
@@ -124,9 +170,7 @@ def use(name: str) -> Iterator[Engine]:
         No such engine, or it was not built.
     """
     global _override
-    chosen = _forced(name)
-    if chosen is None:
-        raise ArgumentError(f"use: the engine {name!r} is not there.", why=str(cpu.absence))
+    chosen = _named(name)
     before, _override = _override, chosen
     try:
         yield chosen

@@ -16,8 +16,7 @@ from batchnorm.kernels.triton.launch import launch
 from batchnorm.kernels.triton.plan import Plan, plan
 from batchnorm.layout import classify
 from batchnorm.population import Tracking, commit
-
-DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+from batchnorm.skips import counter
 
 _CHANNELS, _ENTRIES = 8, 64
 
@@ -160,10 +159,12 @@ class TritonEngine:
         variance: bool,
         out: Tensor | None,
         save: bool,
+        skips: Tensor | None = None,
+        var: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         plain, p = _plain(z, norm.axis)
         # into the very tensor where it lies as z does, else by way of a fresh one
-        direct = out is not None and _beside(out, plain) is not None and _same_memory(out, plain)
+        direct = out is not None and _same_memory(out, plain)
         y = out if direct else torch.empty_like(plain)
         residual = _beside(norm.residual, plain)
         saved, bits = _saving(norm, residual, plain, p) if save else (None, None)
@@ -173,7 +174,7 @@ class TritonEngine:
             z.device,
             (
                 plain, residual, _vector(norm.gamma), _vector(norm.beta), _vector(mean), _vector(spread), y, bits,
-                norm.eps, *_shape_of(p),
+                skips, var, norm.eps, *_shape_of(p),
             ),
             {**_constants(p), "VARIANCE": variance, "ACT": CODES[norm.activation]},
             p.warps,
@@ -273,11 +274,16 @@ class TritonEngine:
         plain, p = _plain(z, norm.axis)
         inside = tracking if _movable(tracking) else None
         mean, var, inv_std = torch.empty((3, p.channels), dtype=torch.float32, device=z.device)
+        skips = None
+        if inside is not None and inside.skip_nonfinite:
+            skips = counter(inside.running_mean)
         if p.whole:
             result = self._forward_whole(plain, p, norm, (mean, var, inv_std), inside)
+            if skips is not None:
+                launch(sweeps.count_skips, (1,), z.device, (skips, var, p.channels), {}, 4)
         else:
             self._statistics(plain, p, (mean, var, inv_std), norm.eps, inside)
-            y, saved = self._normalize(plain, norm, mean, inv_std, False, None, True)
+            y, saved = self._normalize(plain, norm, mean, inv_std, False, None, True, skips, var)
             result = Forward(y, mean, var, inv_std, saved)
         if tracking is not None and inside is None:
             commit(tracking, p.total // p.channels, mean, var)

@@ -46,6 +46,11 @@ def settle(
             moves = here & ((mean32 - mean32) == 0) & ((var32 - var32) == 0)
         if tracked is not None:  # the plain average of this many batches
             weight = 1.0 / tl.maximum(tl.load(tracked), 1).to(tl.float64)
+            # mean 0 and variance 1 are what no batch has moved yet: the first is taken on whole
+            begun = (tl.load(running_mean + at, mask=here, other=0) != 0) | (
+                tl.load(running_var + at, mask=here, other=0) != 1
+            )
+            weight = tl.where(begun, weight, 1.0)
         else:
             weight = momentum
         move(running_mean, mean32.to(tl.float64), weight, moves, at, here)

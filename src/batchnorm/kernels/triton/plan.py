@@ -19,6 +19,7 @@ HELD = 8192
 PROGRAMS = 1024
 """Programs that a sweep is cut into, where it is long enough: several for each processor of any GPU."""
 
+FEWEST_ROWS = 64
 LARGE_PLANE = 512
 MOST_COLUMNS = 2**24
 MOST_ROWS_WHOLE = 512
@@ -173,7 +174,8 @@ def _rows(rows: int, columns: int, inner: int, c: int, total: int, ragged: bool,
         bk *= 2
     br = max(1, min(tile // bk, _power(rows)))
     tiles = _up(rows, br)
-    wanted = max(1, min(tiles, PROGRAMS // _up(columns, bk)))
+    # what a program finds of a column costs as much memory as six of its values, or three
+    wanted = max(1, min(tiles, PROGRAMS // _up(columns, bk), rows // FEWEST_ROWS))
     each = _up(tiles, wanted)
     return Plan(
         rows, columns, inner, c, total, False, br, bk, 1, _up(tiles, each), each * br, align, ragged, False,

@@ -110,10 +110,12 @@ def statistics(
     rows_of = tl.maximum(tl.cdiv(ends[None, :] - first - lane_row[:, None], BR), 0)
     n = (strips_of[None, :] * rows_of).to(tl.float32)
     width = size // tl.num_programs(1)
+    # the sum of squares in float64, once a program: beside one far value the others would lose their last digits
     if PLANES:
         held = tl.sum(n)
         center = tl.sum(n * mean) / held
-        spread = tl.sum(m2 + n * (mean - center) * (mean - center))
+        off = mean - center
+        spread = tl.sum((m2 + n * off * off).to(tl.float64)).to(tl.float32)
         out = partial + split * width + p0
         tl.store(out, held)
         tl.store(out + size, center)
@@ -122,7 +124,7 @@ def statistics(
         held = tl.sum(n, axis=0)
         center = tl.sum(n * mean, axis=0) / tl.maximum(held, 1.0)
         off = mean - center[None, :]
-        spread = tl.sum(m2 + n * off * off, axis=0)
+        spread = tl.sum((m2 + n * off * off).to(tl.float64), axis=0).to(tl.float32)
         out = partial + split.to(tl.int64) * width + start + lane
         tl.store(out, held, mask=here)
         tl.store(out + size, center, mask=here)
@@ -195,15 +197,35 @@ def bits_at(
     return first + (row + lane_row.to(tl.int64))[:, None] * wide + lane[None, :], inside
 
 
+@triton.jit
+def count_skipped(skips, var, channels):
+    """Raise ``skips`` by one if a variance is not finite; one program does this for all channels."""
+    found = tl.zeros((1024,), tl.int32)
+    for c in range(0, channels, 1024):
+        lane = c + tl.arange(0, 1024)
+        v = tl.load(var + lane, mask=lane < channels, other=0)
+        found = found | ((v - v) != 0).to(tl.int32)
+    tl.store(skips, tl.load(skips) + tl.max(found, axis=0))
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def count_skips(skips, var, channels):
+    """`count_skipped` as a launch of its own."""
+    count_skipped(skips, var, channels)
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def normalize(
-    z, residual, gamma, beta, mean, spread, y, bits, eps, rows, columns, inner, channels, total, rows_a_program,
+    z, residual, gamma, beta, mean, spread, y, bits, skips, var, eps, rows, columns, inner, channels, total, rows_a_program,
     ALIGN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, CT: tl.constexpr, PLANES: tl.constexpr,
     RAGGED: tl.constexpr, VARIANCE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """y; and one bit an element where ``bits`` is given. ``spread`` is 1 / deviation, or a variance."""
     p0 = tl.num_programs(0) - 1 - tl.program_id(0)
     split = tl.num_programs(1) - 1 - tl.program_id(1)
+    if skips is not None:
+        if (p0 == 0) & (split == 0):
+            count_skipped(skips, var, channels)
     start, limit, channel, here, wide = place(p0, columns, inner, channels, ALIGN, BK, CT, PLANES)
     center = channel_values(mean, channel, here, 0.0, PLANES)
     scale = inverse(spread, channel, here, eps, VARIANCE, PLANES) * channel_values(

@@ -47,7 +47,8 @@ def forward(
     off = tl.where(inside, off - by_lane(drift, PLANES), 0.0)
     # the mean of what is left is the rounding of the first mean
     rest = over(off, PLANES) / values
-    m2 = over(off * off, PLANES).to(tl.float64) - (rest * rest * values).to(tl.float64)
+    # in float64, for one far value among many would cost the sum of the others their last digits
+    m2 = over((off * off).to(tl.float64), PLANES) - (rest * rest * values).to(tl.float64)
     center = shift.to(tl.float64) + drift.to(tl.float64) + rest.to(tl.float64)
     settle(
         center, m2, values, eps, correction, momentum, tracked, running_mean, running_var, mean, var, inv_std,
