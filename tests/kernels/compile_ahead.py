@@ -26,30 +26,23 @@ from batchnorm.kernels.triton.plan import Plan, plan
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 INTEGERS = [
-    "rows",
-    "columns",
-    "inner",
-    "channels",
-    "total",
-    "rows_a_program",
-    "size",
-    "parts_inner",
-    "entries",
-    "width",
+    *(
+        "rows",
+        "columns",
+        "inner",
+        "channels",
+        "total",
+        "rows_a_program",
+        "size",
+        "parts_inner",
+        "entries",
+        "width",
+    ),
 ]
 TENSORS = ["z", "residual", "y", "dy", "dz", "dresidual"]
 VECTORS = [
-    "gamma",
-    "beta",
-    "mean",
-    "spread",
-    "inv_std",
-    "var",
-    "partial",
-    "running_mean",
-    "running_var",
-    "sum_dy",
-    "sum_dy_zhat",
+    *("gamma", "beta", "mean", "spread", "inv_std", "var", "partial", "running_mean", "running_var"),
+    *("sum_dy", "sum_dy_zhat"),
 ]
 
 SHAPES = {

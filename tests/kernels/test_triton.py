@@ -6,7 +6,6 @@ The interpreter cuts float32 to bfloat16 where a GPU rounds, so a bfloat16 resul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -137,18 +136,17 @@ def _check_step(
                 gamma=around.around(gamma), beta=around.around(beta), residual=around.around(residual)
             ),
         )  # type: ignore[assignment]
+        after = after._replace(gamma=norm.gamma, beta=norm.beta)
         found = engine.forward(z, norm, None)
         moments = Moments(found.mean, found.inv_std)
-        grads = engine.backward(
-            dy, z, after._replace(gamma=norm.gamma, beta=norm.beta), moments, found.saved, True, with_residual
-        )
+        grads = engine.backward(dy, z, after, moments, found.saved, True, with_residual)
         parts = engine.batch_statistics(z, axis, dtype=torch.float64)
         again, saved = engine.normalize(z, norm, moments, save=True)
-        sums = engine.backward_reduce(dy, z, after._replace(gamma=norm.gamma, beta=norm.beta), moments, saved)
+        sums = engine.backward_reduce(dy, z, after, moments, saved)
         dz, _ = engine.backward_input(
             dy,
             z,
-            after._replace(gamma=norm.gamma, beta=norm.beta),
+            after,
             moments,
             saved,
             sums,
@@ -259,10 +257,10 @@ class Driver:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     fake = Driver()
     monkeypatch.setattr(module, "launch", fake.launch)
-    yield fake
+    return fake
 
 
 BIG = [(256, 64, 112, 112), (256, 256, 56, 56), (32, 2048, 7, 7), (256, 960, 7, 7), (256, 24, 56, 56)]

@@ -216,7 +216,8 @@ def count_skips(skips, var, channels):
 
 @triton.jit(do_not_specialize=INTEGERS)
 def normalize(
-    z, residual, gamma, beta, mean, spread, y, bits, skips, var, eps, rows, columns, inner, channels, total, rows_a_program,
+    z, residual, gamma, beta, mean, spread, y, bits, skips, var, eps,
+    rows, columns, inner, channels, total, rows_a_program,
     ALIGN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, CT: tl.constexpr, PLANES: tl.constexpr,
     RAGGED: tl.constexpr, VARIANCE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
