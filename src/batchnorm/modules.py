@@ -12,6 +12,9 @@ from batchnorm import validation
 from batchnorm.accumulator import Accumulator
 from batchnorm.distributed.groups import names_of
 from batchnorm.domain import active_domain
+from batchnorm.ecosystem.plain import torch_layer
+from batchnorm.ecosystem.registration import announce
+from batchnorm.ecosystem.symbolic import one_step
 from batchnorm.errors import BatchNormError, ShapeError
 from batchnorm.functional import Options, infer, train
 from batchnorm.pooling import Pooling, pools
@@ -80,6 +83,11 @@ class Layer(Populations):
         self.frozen_affine = False
         self.accumulator: Accumulator | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # tools that look up the exact class hear of it
+        announce(cls)
+
     @classmethod
     def adopt(cls, layer: nn.modules.batchnorm._NormBase, **options: Any) -> Layer:
         """Make a layer of ours around another's Parameters and buffers, which both then share.
@@ -146,7 +154,7 @@ class Layer(Populations):
         """
         if isinstance(input, torch.fx.Proxy):
             # one step for whoever looks at the flow of values, as torch's own layers are
-            return self._as_one_step(input, residual, mask, masked_output)
+            return one_step(self, input, residual, mask, masked_output)
         try:
             return self._forward(input, residual, mask, masked_output)
         except BatchNormError as error:
@@ -154,11 +162,10 @@ class Layer(Populations):
                 error.at = _path_from_stack(self)
             raise
 
-    def _as_one_step(self, z: Any, residual: Any, mask: Any, masked_output: str) -> Any:
-        how = None if masked_output == "zero" else masked_output
-        given = {"residual": residual, "mask": mask, "masked_output": how}
-        given = {name: value for name, value in given.items() if value is not None}
-        return z.tracer.create_proxy("call_module", z.tracer.path_of_module(self), (z,), given)
+    @property
+    def as_torch(self) -> nn.Module:
+        """The layer of torch that computes what this one does, but for its activation; it shares everything."""
+        return torch_layer(self)
 
     def _forward(
         self,

@@ -237,7 +237,9 @@ def check_tensors(z: Tensor, axis: int, vectors: tuple[Tensor | None, ...], resi
         raise DtypeError(
             f"batch_norm: input must be floating, and is {z.dtype}.",
             why="mean and variance of whole or complex numbers do not fit in their own dtype.",
-            mend="input.float().",
+            mend="input.dequantize(); or batchnorm.fold(model) before it is quantized."
+            if z.is_quantized
+            else "input.float().",
         )
     if torch._C._get_tracing_state() is not None and not torch.compiler.is_compiling():
         with unwritten():

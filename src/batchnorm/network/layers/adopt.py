@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.ecosystem.plain import PLAIN
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer
 
 OURS: dict[type[nn.Module], type[Layer]] = {
@@ -23,14 +24,6 @@ OURS: dict[type[nn.Module], type[Layer]] = {
     nn.BatchNorm3d: BatchNorm3d,
 }
 TORCH: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in OURS.items()}
-# options of ours that change what a layer computes, with the value under which it computes what torch does
-PLAIN = {
-    "activation": None,
-    "channel_dim": 1,
-    "virtual_batch_size": None,
-    "running_var_correction": 1,
-    "process_group": None,
-}
 # what a layer of ours holds beyond torch's, found rather than listed
 _EXTRAS = tuple(
     sorted(set(BatchNorm1d(1, device="meta").__dict__) - set(nn.BatchNorm1d(1, device="meta").__dict__))

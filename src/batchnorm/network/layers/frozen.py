@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.ecosystem.registration import announce
 from batchnorm.functional import batch_norm
 
 
@@ -83,3 +84,6 @@ class FrozenBatchNorm(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+announce(FrozenBatchNorm)
