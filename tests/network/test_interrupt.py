@@ -58,6 +58,10 @@ def from_frozen():
     return batchnorm.convert(torch_net(), "frozen")
 
 
+def pooling():
+    return batchnorm.synchronize(torch_net())
+
+
 KERAS = {
     name: {
         "gamma": torch.ones(4).numpy(),
@@ -90,6 +94,8 @@ CASES = {
     "convert from frozen": (from_frozen, lambda m: batchnorm.convert(m, "torch"), nothing),
     "convert to ours": (torch_net, lambda m: batchnorm.convert(m, "batchnorm"), nothing),
     "convert to group": (torch_net, lambda m: batchnorm.convert(m, "group", example=X), nothing),
+    "synchronize": (torch_net, batchnorm.synchronize, nothing),
+    "desynchronize": (pooling, batchnorm.desynchronize, nothing),
     "load_keras": (our_net, lambda m: batchnorm.load_keras(m, KERAS), nothing),
     "insert": (plain_net, lambda m: batchnorm.insert(m, data=[X], progress=False), nothing),
     "fold": (torch_net, lambda m: batchnorm.fold(m, X), nothing),

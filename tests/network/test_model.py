@@ -13,9 +13,11 @@ KERAS = {"moving_mean": [0.0], "moving_variance": [1.0]}
 FLAX = {"batch_stats": {"mean": [0.0], "var": [1.0]}}
 TOOLS = {
     "accumulate": batchnorm.accumulate,
+    "accelerate": batchnorm.accelerate,
     "adapt": lambda model: batchnorm.adapt(model, torch.ones(4, 2)),
     "calibrate": lambda model: batchnorm.calibrate(model, torch.ones(4, 2)),
     "convert": lambda model: batchnorm.convert(model, "torch"),
+    "desynchronize": batchnorm.desynchronize,
     "fold": batchnorm.fold,
     "freeze": batchnorm.freeze,
     "insert": batchnorm.insert,
@@ -23,6 +25,8 @@ TOOLS = {
     "load_keras": lambda model: batchnorm.load_keras(model, KERAS),
     "param_groups": lambda model: batchnorm.param_groups(model, 0.1),
     "record": batchnorm.record,
+    "restore": batchnorm.restore,
+    "synchronize": batchnorm.synchronize,
     "unfreeze": batchnorm.unfreeze,
 }
 
@@ -61,7 +65,7 @@ STRANGERS = strangers()
 
 def test_every_tool_is_looked_at():
     public = {name for name in batchnorm.__all__ if inspect.isfunction(getattr(batchnorm, name))}
-    assert public - {"accelerate", "restore"} <= set(TOOLS)
+    assert public - {"together"} <= set(TOOLS)
 
 
 @pytest.mark.parametrize("tool", TOOLS)

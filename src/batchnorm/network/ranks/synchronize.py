@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -14,7 +13,8 @@ from batchnorm.errors import ArgumentError
 from batchnorm.modules import BatchNorm2d, Layer
 from batchnorm.network.layers.adopt import become_ours, become_torch
 from batchnorm.network.model import check_model
-from batchnorm.network.record import Record, write_record
+from batchnorm.network.record import ATTRIBUTE, Record, write_record
+from batchnorm.network.undo import Undo, keep_attribute, keep_modules
 
 _TOOL = "synchronize"
 _BEFORE = "_before_synchronize"
@@ -90,23 +90,22 @@ def synchronize(model: nn.Module, group: Any = None) -> nn.Module:
                 mend="set virtual_batch_size=None; or leave this model unsynchronized.",
                 at=path,
             )
-    undo: list[Callable[[], None]] = []
-    try:
+    undo = Undo()
+    with undo, undo:
         for path, layer in layers:
             kind = type(layer).__name__
-            undo.append(_snapshot(layer))
+            one = Undo()
+            undo.add(one.back)
+            keep_modules(one, [layer])
             try:
                 over = _synchronize(path, layer, names, group is None)
             except _Impossible as why:
-                undo.pop()()
+                one.back()
                 told.leave(path, kind, str(why), tool=_TOOL)
             else:
                 told.add(path, kind, "synchronized", f"pools over {', '.join(over)}", tool=_TOOL)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-    return write_record(model, told)
+        keep_attribute(undo, model, ATTRIBUTE)
+        return write_record(model, told)
 
 
 def desynchronize(model: nn.Module) -> nn.Module:
@@ -136,24 +135,26 @@ def desynchronize(model: nn.Module) -> nn.Module:
     'SyncBatchNorm'
     """
     check_model(model, "desynchronize")
-    told = Record()
-    for path, layer in model.named_modules():
-        if isinstance(layer, Layer) and layer.process_group is not None:
-            kind = type(layer).__name__
-            reason = _desynchronize(layer)
-            now = type(layer).__name__
-            told.add(
-                path,
-                kind,
-                "desynchronized",
-                now,
-                f"stays ours: {reason}" if reason else "",
-                tool="desynchronize",
-            )
-        elif isinstance(layer, nn.SyncBatchNorm):
-            why = "torch's own: convert(model, 'batchnorm') makes it one that does not pool"
-            told.leave(path, type(layer).__name__, why, tool="desynchronize")
-    return write_record(model, told)
+    told, undo = Record(), Undo()
+    with undo, undo:
+        keep_modules(undo, list(model.modules()))
+        for path, layer in model.named_modules():
+            if isinstance(layer, Layer) and layer.process_group is not None:
+                kind = type(layer).__name__
+                reason = _desynchronize(layer)
+                now = type(layer).__name__
+                told.add(
+                    path,
+                    kind,
+                    "desynchronized",
+                    now,
+                    f"stays ours: {reason}" if reason else "",
+                    tool="desynchronize",
+                )
+            elif isinstance(layer, nn.SyncBatchNorm):
+                why = "torch's own: convert(model, 'batchnorm') makes it one that does not pool"
+                told.leave(path, type(layer).__name__, why, tool="desynchronize")
+        return write_record(model, told)
 
 
 def _own_group() -> Names:
@@ -220,20 +221,6 @@ def _desynchronize(layer: Any) -> str:
         del layer.__dict__[name]
     layer.process_group = before["own"]
     return ""
-
-
-def _snapshot(layer: nn.Module) -> Callable[[], None]:
-    cls, held = type(layer), dict(layer.__dict__)
-    tables = {
-        n: held[n].copy() for n in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    }
-
-    def back() -> None:
-        layer.__class__ = cls
-        layer.__dict__.clear()
-        layer.__dict__.update({**held, **tables})
-
-    return back
 
 
 def pooled_over(model: nn.Module) -> Names | None:
