@@ -12,7 +12,6 @@ from batchnorm.network.fold.ways import Folding
 from batchnorm.network.inputs import copied
 from batchnorm.network.model import check_model
 from batchnorm.network.record import Record, write_record
-from batchnorm.network.undo import Undo, keep_modules
 from batchnorm.network.values.find import Flow, batch_norms, find_flow
 
 
@@ -94,18 +93,17 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
         )
     if not batch_norms(model):
         return write_record(copied(model).eval(), Record())
-    undo = Undo()
-    with undo, undo:
-        keep_modules(undo, model.modules())
-        flow = _look(model, example)
-        result = copied(model).eval()
-        work = Folding(model, result, flow, certain=example is not None, alone=flow.example is None)
-        work.fold_all()
-        if work.steps and flow.example is not None:
-            check(model, flow.example, result, work.steps)
-        if work.steps:
-            refuse_to_save(result)
-        return write_record(result, work.record())
+    # looked at is a copy: another thread may be serving the given network
+    model = copied(model)
+    flow = _look(model, example)
+    result = copied(model).eval()
+    work = Folding(model, result, flow, certain=example is not None, alone=flow.example is None)
+    work.fold_all()
+    if work.steps and flow.example is not None:
+        check(model, flow.example, result, work.steps)
+    if work.steps:
+        refuse_to_save(result)
+    return write_record(result, work.record())
 
 
 def _look(model: nn.Module, example: Any) -> Flow:

@@ -19,7 +19,7 @@ from batchnorm.network.modes import modes
 from batchnorm.network.normalized import Normalized
 from batchnorm.network.progress import watched
 from batchnorm.network.record import Record, write_record
-from batchnorm.network.undo import Undo, hook_after, keep_modules, set_modes, stop_gradients
+from batchnorm.network.undo import Undo, hook_after, set_modes, stop_gradients
 from batchnorm.network.values.find import Flow, find_flow
 from batchnorm.network.values.modules import is_layer
 from batchnorm.validation import check_momentum
@@ -114,10 +114,8 @@ def insert(
     True
     """
     _check(model, data, zero_init_residual, eps, momentum)
-    undo = Undo()
-    with undo, undo:
-        keep_modules(undo, model.modules())
-        return _insert(model, example, data, zero_init_residual, eps, momentum, progress)
+    # looked at is a copy: another thread may be serving the given network
+    return _insert(copied(model), example, data, zero_init_residual, eps, momentum, progress)
 
 
 def _insert(

@@ -7,6 +7,7 @@ and fused paths are seen as well as plain modules. One run shows one way through
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,7 @@ class _Watch(TorchDispatchMode):
         self.view = view
         self.stack: list[nn.Module] = []
         self.step: nn.Module | None = None
+        self.thread = threading.get_ident()
         self.known: dict[int, tuple[Any, Value]] = {}
         self.reads: dict[int, set[str]] = {}
 
@@ -114,14 +116,14 @@ class _Watch(TorchDispatchMode):
             self.remember(tensor, value)
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        if id(module) not in self.paths:
+        if id(module) not in self.paths or threading.get_ident() != self.thread:
             return
         self.stack.append(module)
         if self.step is None and _is_step(module):
             self.step = module
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if id(module) not in self.paths:
+        if id(module) not in self.paths or threading.get_ident() != self.thread:
             return
         self.stack.pop()
         if self.step is None and has_hooks(module):

@@ -12,6 +12,7 @@ import dis
 import inspect
 import operator
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -27,6 +28,8 @@ from batchnorm.network.values.untouched import put_back, snapshot, untouched
 from batchnorm.network.values.values import Value, View, append_call, canonical, values_in
 
 _MOST_WAYS = 16
+# torch.fx patches nn.Module while it traces: one tool at a time, and calls of other threads pass through
+_one_at_a_time = threading.RLock()
 _CONSTANT = "<constant>"
 
 
@@ -133,6 +136,7 @@ class _Tracer(fx.Tracer):
         self.where = [paths[id(scope)]]
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.cache: dict[str, fx.Proxy] = {}
+        self.thread = threading.get_ident()
 
     # -- what fx asks for -------------------------------------------------------------------------------
     def create_args_for_root(
@@ -178,7 +182,8 @@ class _Tracer(fx.Tracer):
             return repr(type(a))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if not isinstance(attr_val, torch.Tensor) or issubclass(type(attr_val), fx.Proxy):
+        elsewhere = threading.get_ident() != self.thread
+        if elsewhere or not isinstance(attr_val, torch.Tensor) or issubclass(type(attr_val), fx.Proxy):
             return attr_val
         name = self.tensors.get(id(attr_val))
         if name is None:
@@ -195,6 +200,8 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         path = self.paths.get(id(m))
         if path is None:
             raise CannotFollow(f"it calls a {type(m).__name__} that is not in the model")
@@ -376,7 +383,7 @@ def _graphs_of(
                 tracer = _Tracer(paths, tensors, scope, ways)
                 tracer.arguments = arguments
                 try:
-                    with untouched(scope) as kept, answering(_files(scope), _claim):
+                    with _one_at_a_time, untouched(scope) as kept, answering(_files(scope), _claim):
                         graph = tracer.trace(scope)
                 except _Raised:
                     continue
