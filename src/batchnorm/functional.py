@@ -262,8 +262,8 @@ def infer(
         return infer_step(z, gamma, beta, residual, *rest)
     if z.layout is not torch.strided:
         dense, added = _dense(z, residual)
-        rest = mask, masked_output, options
-        return infer(dense, running_mean, running_var, gamma, beta, added, *rest).to_mkldnn()
+        y = infer(dense, running_mean, running_var, gamma, beta, added, mask, masked_output, options)
+        return y.to_mkldnn()
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
     validation.check_tensors(z, axis, (running_mean, running_var, gamma, beta), residual)
     if (
@@ -336,8 +336,8 @@ def train(
         return normalize_batch(z, norm, counting(tracking))
     if z.layout is not torch.strided:
         dense, added = _dense(z, residual)
-        rest = mask, masked_output, tracking, population, options, between
-        return train(dense, gamma, beta, added, *rest).to_mkldnn()
+        moved = tracking, population, options, between
+        return train(dense, gamma, beta, added, mask, masked_output, *moved).to_mkldnn()
     vectors = (
         (gamma, beta)
         if population is None

@@ -86,7 +86,7 @@ def commit(
             # infinity and NaN differ from 0 when taken from themselves; a mean that is either spoils its variance
             bad = (var - var) != 0
             bad = skips.count(running_mean, bad if known else bad & enough)
-            still = bad if known else bad | still
+            still = bad if still is None else bad | still
         if tracking.num_batches_tracked is not None:
             tracking.num_batches_tracked.add_(1 if known else enough.any())
         if tracking.correction and not unbiased:

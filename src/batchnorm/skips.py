@@ -90,7 +90,7 @@ def forget(running_mean: Tensor | None) -> None:
 
 def _key(running_mean: Tensor) -> tuple[int, int]:
     # an ensemble's means lie in one memory, and each has a count of its own
-    return running_mean.untyped_storage()._cdata, running_mean.storage_offset()
+    return running_mean.untyped_storage()._cdata, int(running_mean.storage_offset())
 
 
 def counter(running_mean: Tensor) -> Tensor:

@@ -135,4 +135,4 @@ def record(
     u = z if axis == 1 else z.movedim(axis, 1)
     u = F.batch_norm(u, *running, gamma, beta, training, momentum, eps)  # type: ignore[arg-type, assignment]
     u = u if axis == 1 else u.movedim(1, axis)
-    return activate(u if residual is None else u + residual, activation)  # type: ignore[arg-type, return-value]
+    return activate(u if residual is None else u + residual, activation)  # type: ignore

@@ -45,11 +45,11 @@ def unwritten() -> Iterator[None]:
         Nothing.
     """
     tracer = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(tracer)
+        torch._C._set_tracing_state(tracer)  # type: ignore[attr-defined]
 
 
 def plain_shape(z: Tensor) -> tuple[int, ...]:

@@ -329,3 +329,46 @@ def test_half_parameters_give_what_their_values_give_in_float32(half, mode):
         torch.testing.assert_close(ours, reference, rtol=torch.finfo(half).eps, atol=1e-5)
     torch.testing.assert_close(layer.running_mean, wide.running_mean)
     torch.testing.assert_close(layer.running_var, wide.running_var)
+
+
+def test_torchs_layer_and_back_in_half_precision():
+    z = torch.randn(8, 3).half()
+    model = nn.Sequential(nn.BatchNorm1d(3)).half()
+    batchnorm.convert(model, to="batchnorm")(z)
+    assert {t.dtype for t in model.buffers()} == {torch.float32, torch.int64}
+    batchnorm.convert(model, to="torch")(z)
+    assert {t.dtype for t in model.buffers()} == {torch.float16, torch.int64}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["mixed precision", "whole bfloat16"])
+def test_sharded_parameters_have_one_dtype_and_statistics_stay_wide(way, tmp_path):
+    dist = pytest.importorskip("torch.distributed")
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+
+    half = torch.bfloat16
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        policy = MixedPrecision(half, half, half) if way == "mixed precision" else None
+        made = net() if policy else net().to(half)
+        model = FullyShardedDataParallel(made, mixed_precision=policy, device_id=torch.device("cpu"))
+        z = torch.randn(16, 3, dtype=torch.float32 if policy else half)
+        for _ in range(2):
+            model(z).float().sum().backward()
+        assert {b.dtype for b in model.buffers()} == {torch.float32, torch.int64}
+        assert all(p.grad.dtype == p.dtype for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_statistics_that_were_narrowed_are_wide_again_in_a_compiled_graph_too():
+    torch.compiler.reset()
+    layer = batchnorm.BatchNorm1d(3)
+    layer.running_var.data = layer.running_var.data.half()
+    compiled = torch.compile(layer, backend="aot_eager")
+    plain = batchnorm.BatchNorm1d(3)
+    for _ in range(3):
+        z = torch.randn(8, 3)
+        torch.testing.assert_close(compiled(z), plain(z))
+    assert layer.running_var.dtype == torch.float32
+    torch.testing.assert_close(layer.running_var, plain.running_var)
