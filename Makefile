@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 WORKERS ?= 2
 
-.PHONY: demo test test-all tiny lint bench sanitize studies clean
+.PHONY: demo demo-distributed test test-all tiny lint bench sanitize studies clean
 
 $(VENV)/.installed: pyproject.toml lab/pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ $(VENV)/.installed: pyproject.toml lab/pyproject.toml constraints.txt CMakeLists
 
 demo: $(VENV)/.installed
 	$(BIN)/batchnorm demo
+
+demo-distributed: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m batchnorm_lab.demo.distributed
 
 tiny: $(VENV)/.installed
 	$(TEST_ENV) $(BIN)/pytest tests/test_tiny.py

@@ -314,9 +314,9 @@ def train(
         Of the shape of ``z``.
     """
     if type(z) is not Tensor and is_placed(z):
-        vectors = (gamma, beta)
+        pair = (gamma, beta)
         return train_shards(
-            train, z, vectors, residual, mask, masked_output, tracking, population, options, between
+            train, z, pair, residual, mask, masked_output, tracking, population, options, between
         )
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
     norm = Norm(axis, options.eps, gamma, beta, residual, options.activation)

@@ -17,10 +17,14 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+_HERE = Path(__file__).parent
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ranks", "batchnorm", "pytest", "hypothesis", "torch.testing", "numpy"])
+# the server looks for modules where the environment says; what it has imported no process imports again
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_HERE), os.environ.get("PYTHONPATH"))))
+_context.set_forkserver_preload(["ranks", *sorted(file.stem for file in _HERE.glob("test_*.py"))])
 
 
 @dataclass

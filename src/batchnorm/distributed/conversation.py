@@ -53,7 +53,7 @@ class Pooled(NamedTuple):
         Whose statistics are not finite; None where that was not sent.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mean: Tensor
     m2: Tensor
     masked: Tensor

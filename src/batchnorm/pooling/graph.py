@@ -83,8 +83,8 @@ def _pooled(
         if m:
             y, mean, var, inv_std, _ = engine.forward(z, norm, None)
         else:
-            y, mean, var = torch.empty_like(z), z.new_zeros(z.shape[axis], dtype=dtype), None
-            var, inv_std = torch.ones_like(mean), torch.ones_like(mean)
+            y, mean = torch.empty_like(z), z.new_zeros(z.shape[axis], dtype=dtype)
+            var = inv_std = torch.ones_like(mean)
         var, inv_std, center = var.clone(), inv_std.clone(), mean.clone()
         divisor = torch.full((), max(m, 1), dtype=exact_dtype(z.device), device=z.device)
         count = torch.full((), m, device=z.device)

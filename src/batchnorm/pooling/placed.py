@@ -61,7 +61,7 @@ def train_shards(
     tracking: Any,
     population: Tracking | None,
     options: Any,
-    between: Pooling | None,
+    between: Any,
 ) -> Tensor:
     """Train on this rank's shard, pooled with the others.
 
@@ -278,8 +278,8 @@ def _slice(tensor: Any, plan: _Plan) -> Any:
 
 
 def _is_sliced(tracking: Tracking) -> bool:
-    mean = tracking.running_mean
-    return is_placed(mean) and any(p.is_shard() for p in mean.placements)  # type: ignore[attr-defined]
+    mean: Any = tracking.running_mean
+    return is_placed(mean) and any(p.is_shard() for p in mean.placements)
 
 
 def _bounds(channels: int, plan: _Plan) -> tuple[int, int]:
@@ -294,7 +294,8 @@ def _whole(run: Any, tracking: Any, plan: _Plan, path: str, channels: int) -> An
     group = plan.mesh.get_group(plan.sliced)
     share = -(-channels // group.size())
     if isinstance(tracking, Tracking):
-        whole = Tracking(*(t.to_local() if isinstance(t, Tensor) and is_placed(t) else t for t in tracking))  # type: ignore[attr-defined]
+        parts: Any = (t.to_local() if is_placed(t) else t for t in tracking)
+        whole: Any = Tracking(*parts)
     else:
         whole = tracking
 

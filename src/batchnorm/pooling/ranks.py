@@ -140,11 +140,11 @@ class Pooling:
         front = torch.stack(
             (counted.detach(), counted.detach() * present, torch.full_like(mean, float(self.masked)))
         )
-        total, weighted, masked = _AllSum.apply(front.reshape(-1), self, "composite mean").view(3, -1)  # type: ignore[no-untyped-call]
+        total, weighted, masked = _AllSum.apply(front.reshape(-1), self, "composite mean").view(3, -1)
         total = total.detach()
         pooled = weighted / total.clamp(min=1)
         own = torch.where(counted > 0, m2 + counted * (mean - pooled).square(), 0)
-        spread = _AllSum.apply(own, self, "composite variance")  # type: ignore[no-untyped-call]
+        spread = _AllSum.apply(own, self, "composite variance")
         if self.on_single_value == "error":
             enough = (total > 1) | ((total == 0) & (masked.detach() == 0))
             _require(enough, self, total)
@@ -295,7 +295,7 @@ class _AllSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        return _AllSum.apply(gradient, ctx.pooling, ctx.step + ", backward"), None, None  # type: ignore[no-untyped-call]
+        return _AllSum.apply(gradient, ctx.pooling, ctx.step + ", backward"), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

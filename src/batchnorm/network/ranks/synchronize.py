@@ -22,7 +22,7 @@ _BEFORE = "_before_synchronize"
 
 class PooledBatchNorm(BatchNorm2d):
     __doc__ = """What a ``torch.nn.SyncBatchNorm`` becomes: of any number of axes, as that is."""
-    _dimensions = (2, 3, 4, 5)
+    _dimensions: tuple[int, ...] = (2, 3, 4, 5)
 
 
 class _Impossible(Exception):
@@ -174,7 +174,7 @@ def _synchronize(path: str, layer: Any, names: Names, by_default: bool) -> Names
     if isinstance(layer, Layer):
         before = before or {"group": layer.process_group, "path": layer.pooled_as, "class": None}
         if by_default and before.get("group") is not None and _BEFORE not in layer.__dict__:
-            names = before["group"]  # type: ignore[assignment]
+            names = before["group"]
     elif isinstance(layer, nn.SyncBatchNorm):
         if type(layer) is not nn.SyncBatchNorm or "forward" in layer.__dict__:
             raise _Impossible(

@@ -154,7 +154,7 @@ def calibrate(
     with undo, undo:
         try:
             meters, begun = _meters(model, estimator, momentum, told, undo)
-            shards = Shards(list(meters.values()), group)
+            shards = Shards(list[Any](meters.values()), group)
             with measured, measured:
                 _measure(measured, model, meters)
                 # a compiled module does not see hooks that are younger than its graph

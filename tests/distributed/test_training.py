@@ -1,0 +1,406 @@
+"""Training on several ranks gives, step by step, the model that one process gives on all of the data."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import run
+from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
+
+import batchnorm
+from batchnorm.distributed.conversation import Conversation
+from batchnorm.errors import PoolingError
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + x)
+
+
+def small_resnet():
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU()]
+    return nn.Sequential(
+        *stem, Block(6), Block(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    ).double()
+
+
+def mlp():
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(3, 5),
+        nn.BatchNorm1d(5),
+        nn.Tanh(),
+        nn.Linear(5, 4),
+        nn.BatchNorm1d(4),
+        nn.Linear(4, 2),
+    ]
+    return nn.Sequential(*layers).double()
+
+
+MAKE = {"mlp": (mlp, (3,)), "resnet": (small_resnet, (2, 6, 6))}
+
+
+def batch_of(kind, step, sizes):
+    g = torch.Generator().manual_seed(step)
+    x = torch.randn(sum(sizes), *MAKE[kind][1], generator=g, dtype=torch.float64)
+    return x.split(sizes)
+
+
+def descend(model, loss):
+    loss.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.1 * p.grad
+            p.grad = None
+
+
+def alone(kind, sizes, steps):
+    model = MAKE[kind][0]()
+    for step in range(steps):
+        x = torch.cat(batch_of(kind, step, sizes))
+        descend(model, model(x).pow(3).sum() / len(x))
+    return model.state_dict()
+
+
+def in_ranks(rank, kind, sizes, steps, options):
+    model = MAKE[kind][0]()
+    if options.get("accelerate"):
+        model = batchnorm.accelerate(model)
+    model = batchnorm.synchronize(model)
+    settings = {k: options[k] for k in ("broadcast_buffers", "static_graph") if k in options}
+    wrapped = DistributedDataParallel(model, **settings)
+    number = dist.group.WORLD._get_sequence_number_for_group
+    for step in range(steps):
+        x = batch_of(kind, step, sizes)[rank]
+        loss = wrapped(x).pow(3).sum() * len(sizes) / sum(sizes)
+        if options.get("two forwards"):
+            half = loss * 0.5
+            again = wrapped(x).pow(3).sum() * len(sizes) / sum(sizes)
+            loss = half + again * 0.5
+        descend(model, loss)
+    del number
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_equal_models(found, wanted, but=()):
+    for state in found:
+        for name, value in wanted.items():
+            if not name.endswith(but or "\n"):
+                torch.testing.assert_close(
+                    state[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+                )
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ([3, 2], {}),
+        ([4, 0, 1], {"broadcast_buffers": False}),
+        ([2, 3], {"static_graph": True}),
+    ],
+    ids=str,
+)
+def test_ddp_equals_one_process_step_by_step(kind, sizes, options):
+    assert_equal_models(run(in_ranks, len(sizes), kind, sizes, 3, options), alone(kind, sizes, 3))
+
+
+def test_two_forwards_before_a_backward_under_ddp():
+    wanted = alone("mlp", [3, 2], 1)
+    found = run(in_ranks, 2, "mlp", [3, 2], 1, {"two forwards": True})
+    assert_equal_models(found, wanted, ("running_mean", "running_var", "num_batches_tracked"))
+
+
+def accumulating(rank, sizes):
+    model = batchnorm.synchronize(mlp())
+    wrapped = DistributedDataParallel(model)
+    parts = [batch_of("mlp", step, sizes)[rank] for step in range(2)]
+    with wrapped.no_sync():
+        (wrapped(parts[0]).pow(3).sum() * len(sizes)).backward()
+    (wrapped(parts[1]).pow(3).sum() * len(sizes)).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def test_no_sync_pools_each_micro_batch_and_adds_their_gradients():
+    sizes = [3, 2]
+    model = mlp()
+    for step in range(2):
+        model(torch.cat(batch_of("mlp", step, sizes))).pow(3).sum().backward()
+    for grads in run(accumulating, 2, sizes):
+        for found, p in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(found, p.grad)
+
+
+# -- messages --------------------------------------------------------------------------------------------------
+def messages(rank, wrapped):
+    """Give, for some steps, the messages of the pooled layers and the longest of them."""
+    sent, words = [], []
+    send = Conversation._send
+
+    def counted(self, call, header, data, reduces):
+        sent.append(str(call))
+        words.append((len(header) + len(data), call.channels))
+        return send(self, call, header, data, reduces)
+
+    Conversation._send = counted
+    model = batchnorm.synchronize(mlp(), "own")
+    group = batchnorm.distributed.groups.find(model[1].process_group[0])
+    number = group._get_sequence_number_for_group
+    run_ = DistributedDataParallel(model) if wrapped else model
+    x = torch.randn(3 + rank, 3, dtype=torch.float64)
+    per_step = []
+
+    def step(work):
+        before, mark = number(), len(sent)
+        work()
+        per_step.append((number() - before, len(sent) - mark))
+
+    for _ in range(4):
+        step(lambda: run_(x).pow(2).sum().backward())
+    with torch.no_grad():
+        for _ in range(3):
+            step(lambda: run_(x))
+    model.eval()
+    step(lambda: run_(x).pow(2).sum().backward())
+    assert all(length <= 2 * channels + 8 for length, channels in words)
+    return per_step
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_one_message_a_layer_and_direction_from_the_third_step_on(wrapped):
+    for per_step in run(messages, 2, wrapped):
+        # two layers: forward and backward, then forward alone, then eval
+        assert per_step[2:4] == [(4, 4)] * 2
+        assert per_step[6] == (2, 2)
+        assert per_step[7] == (0, 0)
+
+
+# -- checkpoint, FSDP ------------------------------------------------------------------------------------------
+def sharded(rank, policy):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    model = batchnorm.synchronize(mlp().float())
+    half = torch.bfloat16 if policy else None
+    settings = {"mp_policy": MixedPrecisionPolicy(param_dtype=half)} if policy else {}
+    for layer in model:
+        if list(layer.parameters(recurse=False)):
+            fully_shard(layer, **settings)
+    fully_shard(model, **settings)
+    sizes = [4, 4]
+    for step in range(3):
+        x = batch_of("mlp", step, sizes)[rank].float()
+        loss = model(x).float().pow(3).sum() * len(sizes) / sum(sizes)
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+                p.grad = None
+    assert model[1].running_mean.dtype == torch.float32
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
+
+
+def test_fully_sharded_parameters_equal_one_process():
+    wanted = {k: v.float() if v.is_floating_point() else v for k, v in alone("mlp", [4, 4], 3).items()}
+    for state in run(sharded, 2, False):
+        for name, value in wanted.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_fully_sharded_parameters_in_half_precision_leave_statistics_wide():
+    first, second = run(sharded, 2, True)
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+        assert value.isfinite().all()
+
+
+# -- uneven loaders --------------------------------------------------------------------------------------------
+STEPS = [4, 2, 3]
+
+
+def loaders(kind="mlp"):
+    """Batches of each rank: 4, 2 and 3 of them, of different sizes."""
+    made = []
+    for rank, steps in enumerate(STEPS):
+        g = torch.Generator().manual_seed(rank)
+        made.append(
+            [torch.randn(2 + (rank + i) % 3, 3, generator=g, dtype=torch.float64) for i in range(steps)]
+        )
+    return made
+
+
+def uneven(rank, how):
+    model = batchnorm.synchronize(mlp())
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    mine = loaders()[rank]
+    if how == "together":
+        steps = batchnorm.together(mine)
+        for x in steps:
+            descend(model, wrapped(x).pow(3).sum() * steps.ranks / steps.samples)
+    elif how == "join":
+
+        def step(x):
+            descend(model, wrapped(x).pow(3).sum() * 3 / 4)
+
+        with Join([batchnorm.Joining(wrapped, step, mine[0])]):
+            for x in mine:
+                step(x)
+    else:
+        try:
+            with wrapped.join():
+                for x in mine:
+                    descend(model, wrapped(x).pow(3).sum())
+        except PoolingError as error:
+            return str(error)
+        except RuntimeError:
+            return None
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("how", ["together", "join"])
+def test_uneven_loaders_equal_one_process(how):
+    model = mlp()
+    for step in range(max(STEPS)):
+        x = torch.cat([mine[step] for mine in loaders() if step < len(mine)])
+        descend(model, model(x).pow(3).sum() / (len(x) if how == "together" else 4))
+    assert_equal_models(run(uneven, 3, how), model.state_dict())
+
+
+def test_join_of_ddp_alone_fails_with_the_way_out():
+    texts = [text for text in run(uneven, 3, "ddp", timeout=3) if text]
+    assert texts
+    assert all("batchnorm.together" in text for text in texts)
+
+
+def broken_loader(rank, empty):
+    def batches():
+        yield torch.ones(2, 3)
+        if rank == 1:
+            raise OSError("disk")
+        yield torch.ones(2, 3)
+
+    mine = [] if empty and rank == 1 else batches()
+    seen = []
+    try:
+        for x in batchnorm.together(mine):
+            seen.append(tuple(x.shape))
+    except (PoolingError, OSError) as error:
+        return seen, str(error)
+    return seen, ""
+
+
+def test_a_loader_that_raises_ends_the_loop_on_every_rank():
+    first, second = run(broken_loader, 2, False)
+    assert first[0] == second[0] == [(2, 3)]
+    assert "rank 1" in first[1]
+    assert second[1] == "disk"
+
+
+def test_a_rank_without_any_batch_learns_what_one_looks_like():
+    first, second = run(broken_loader, 2, True)
+    assert first == ([(2, 3), (2, 3)], "")
+    assert second == ([(0, 3), (0, 3)], "")
+
+
+# -- compiled --------------------------------------------------------------------------------------------------
+RAGGED = [[5, 0], [0, 4], [3, 1], [2, 6]]
+
+
+def norms(group=None):
+    torch.manual_seed(0)
+    make = functools.partial(batchnorm.BatchNorm1d, 4, dtype=torch.float64)
+    net = nn.Sequential(
+        *(nn.Linear(3, 4), make(activation="relu"), nn.Linear(4, 4), make(), nn.Linear(4, 4), make())
+    ).double()
+    net.unused = make()
+    return net if group is None else batchnorm.synchronize(net, group)
+
+
+class Last(nn.Module):
+    """Three norms in a row, and a fourth whose output nobody uses."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        for layer in list(self.net.children())[:3]:
+            x = layer(x)
+        self.net.unused(x)
+        for layer in list(self.net.children())[3:6]:
+            x = layer(x)
+        return x
+
+
+def compiled(rank, backend):
+    calls = []
+    agree = Conversation._agree
+
+    def noted(self, call, *rest):
+        calls.append(str(call))
+        return agree(self, call, *rest)
+
+    Conversation._agree = noted
+    net = norms("world")
+    model = torch.compile(Last(net), fullgraph=True, backend=backend, dynamic=True)
+    results = []
+    for step, sizes in enumerate(RAGGED):
+        g = torch.Generator().manual_seed(step)
+        x = torch.randn(sum(sizes), 3, generator=g, dtype=torch.float64).split(sizes)[rank]
+        net.zero_grad()
+        y = model(x)
+        y.pow(3).sum().backward()
+        results.append((y.detach(), [None if p.grad is None else p.grad for p in net.parameters()]))
+    return results, net.state_dict(), calls
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_graphs_pool_in_the_same_order_on_ragged_and_empty_ranks(backend):
+    found = run(compiled, 2, backend, timeout=280, limit=290)
+    net = norms()
+    model = Last(net)
+    for step, sizes in enumerate(RAGGED):
+        g = torch.Generator().manual_seed(step)
+        x = torch.randn(sum(sizes), 3, generator=g, dtype=torch.float64)
+        net.zero_grad()
+        y = model(x)
+        y.pow(3).sum().backward()
+        torch.testing.assert_close(torch.cat([f[0][step][0] for f in found]), y.detach())
+        for i, p in enumerate(net.parameters()):
+            if p.grad is not None:
+                torch.testing.assert_close(sum(f[0][step][1][i] for f in found), p.grad)
+    for _, state, calls in found:
+        assert calls == found[0][2]
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(state[name], value)
+
+
+def compiled_alone(rank):
+    torch.manual_seed(0)
+    net, plain = norms("world"), norms()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    model = torch.compile(net, fullgraph=True, backend="aot_eager")
+    twin = copy.deepcopy(plain)
+    model(x).pow(2).sum().backward()
+    torch.compile(twin, fullgraph=True, backend="aot_eager")(x).pow(2).sum().backward()
+    for (name, a), b in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
+    assert torch.equal(net[1].running_var, twin[1].running_var)
+
+
+def test_a_compiled_graph_in_a_group_of_one_has_todays_bits():
+    run(compiled_alone, 1, timeout=200, limit=200)
