@@ -14,6 +14,7 @@ from batchnorm.modules import BatchNorm2d, Layer
 from batchnorm.network.layers.adopt import become_ours, become_torch
 from batchnorm.network.model import check_model
 from batchnorm.network.record import ATTRIBUTE, Record, write_record
+from batchnorm.network.subclasses import adopt_subclass
 from batchnorm.network.undo import Undo, keep_attribute, keep_modules
 
 _TOOL = "synchronize"
@@ -188,7 +189,7 @@ def _synchronize(path: str, layer: Any, names: Names, by_default: bool) -> Names
     else:
         before = {"class": type(layer), "group": None, "path": ""}
         reason = become_ours(layer)
-        if reason:
+        if reason and adopt_subclass(layer):
             raise _Impossible(reason)
     layer.__dict__[_BEFORE] = before
     layer.process_group, layer.pooled_as = names, path or type(layer).__name__

@@ -1,0 +1,202 @@
+"""Subclasses of torch's batch norm with a forward of their own, such as a fused norm and activation.
+
+What such a forward does is found by trial: it calls ``super().forward``, so that it may stay as it is over ours;
+or it spells batch norm out, and then applies the layer's own children in order. A class is believed only if
+outputs, gradients and statistics agree, in both modes and for every shape that it takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.network.adopt import OURS, Adopted, torch_base
+from batchnorm.network.kinds import activation_name, has_hooks
+
+# a trial input: where the channels may be, in 2 to 5 axes
+_TRIAL_SHAPES = ((6, 0), (6, 0, 5), (6, 5, 0), (6, 0, 3, 2), (6, 3, 2, 0), (6, 0, 2, 2, 2), (6, 2, 2, 2, 0))
+
+
+class Understood(Adopted):
+    """First base of the classes that are made here, so that copies and pickles find the way back."""
+
+    _then_children = False
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        get_state = getattr(self, "__getstate__", None)
+        state = get_state() if get_state is not None else self.__dict__
+        return (_remake, (self._adopted_from, self._then_children), state)
+
+
+class _NormThenChildren(Understood):
+    """Normalizes, then applies the layer's own children in order: a fused norm and activation."""
+
+    _then_children = True
+    # a forward that spells batch norm out asks for no number of axes
+    _dimensions = (2, 3, 4, 5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize, drop and activate, in one call where nobody looks in between.
+
+        Parameters
+        ----------
+        input : Tensor, shape (N, C, *S)
+            Pre-activations z.
+
+        Returns
+        -------
+        Tensor
+            Of the shape of ``input``.
+        """
+        layer: Any = self
+        children = [m for m in layer._modules.values() if m is not None and type(m) is not nn.Identity]
+        hooked = any(m is not None and has_hooks(m) for m in layer._modules.values())
+        name = activation_name(children[0], "", {}) if len(children) == 1 else None
+        if name is not None and not hooked:
+            return layer._forward(input, None, None, "zero", name)
+        y = layer._forward(input, None, None, "zero")
+        for child in layer._modules.values():
+            if child is not None:
+                y = child(y)
+        return y
+
+
+def _remake(origin: type[nn.Module], then_children: bool) -> nn.Module:
+    made = _class_for(origin, then_children)
+    return made.__new__(made)
+
+
+@functools.cache
+def _class_for(cls: type[nn.Module], then_children: bool) -> type[nn.Module]:
+    first = _NormThenChildren if then_children else Understood
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (first, cls, OURS[torch_base(cls)]), {**namespace, "_adopted_from": cls})  # type: ignore[index]
+
+
+def adopt_subclass(layer: _BatchNorm) -> str:
+    """Turn a layer whose class has a forward of its own into one over ours, in place.
+
+    Parameters
+    ----------
+    layer : instance of a subclass of torch.nn.BatchNorm1d, BatchNorm2d or BatchNorm3d
+        Keeps its Parameters, buffers, hooks, children and attributes.
+
+    Returns
+    -------
+    str
+        Empty when done; otherwise the reason why the layer was left as it is.
+    """
+    cls = type(layer)
+    base = torch_base(cls)
+    if base is None or cls.forward is base.forward or "forward" in layer.__dict__:
+        return f"its class {cls.__name__} is none with a forward of its own"
+    reason, then_children = _understand(layer, cls)
+    if not reason:
+        _take_on(layer, _class_for(cls, then_children))
+    return reason
+
+
+def _take_on(layer: Any, made: type[nn.Module]) -> None:
+    fresh = OURS[torch_base(made)].adopt(layer)  # type: ignore[index]
+    layer.__class__ = made
+    for name, value in fresh.__dict__.items():
+        layer.__dict__.setdefault(name, value)
+    layer.widen()
+
+
+def _understand(layer: _BatchNorm, cls: type[nn.Module]) -> tuple[str, bool]:
+    """Find by trial which of ours does what a forward of another library does: in both modes, to the digit.
+
+    Two readings are tried on copies: the forward calls ``super().forward``, so that it may stay as it is;
+    or it spells batch norm out, and then applies the layer's own children in order.
+    """
+    key = _likeness(layer)
+    if key in _UNDERSTOOD:
+        return "", _UNDERSTOOD[key]
+    for then_children in (False, True) if layer._modules else (False,):
+        made = _class_for(cls, then_children)
+        trials = [
+            _same_on_trial(layer, made, shape, training)
+            for training in (True, False)
+            for shape in _TRIAL_SHAPES
+        ]
+        if False not in trials and True in trials:
+            _UNDERSTOOD[key] = then_children
+            return "", then_children
+    return f"{cls.__name__} has a forward of its own that is not understood", False
+
+
+# a model holds many layers that differ in their number of channels alone
+_UNDERSTOOD: dict[tuple[Any, ...], bool] = {}
+
+
+def _likeness(layer: nn.Module) -> tuple[Any, ...]:
+    """What a layer's forward may depend on, but for the number of channels."""
+    plain = {k: v for k, v in layer.__dict__.items() if isinstance(v, (bool, int, float, str, type(None)))}
+    for name in ("num_features", "training"):
+        plain.pop(name, None)
+    present = tuple(
+        k for table in (layer._parameters, layer._buffers) for k, v in table.items() if v is not None
+    )
+    children = tuple((name, type(child), repr(child)) for name, child in layer._modules.items())
+    return (type(layer), tuple(sorted(plain.items(), key=str)), present, children)
+
+
+def _same_on_trial(
+    layer: _BatchNorm, made: type[nn.Module], shape: tuple[int, ...], training: bool
+) -> bool | None:
+    """Whether ours gives the same output, gradient and statistics; None where theirs refuses the shape."""
+    theirs, ours = _bare_copy(layer), _bare_copy(layer)
+    counter = _Counter()
+    _take_on(ours, type("Trial", (made,), {"_forward": counter.around(made)}))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn([n or layer.num_features for n in shape], generator=generator) * 2 + 0.5
+    results: list[tuple[Any, ...]] = []
+    for model in (theirs, ours):
+        model.train(training)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                torch.manual_seed(0)
+                entered = x.clone().requires_grad_()
+                out = model(entered * 1)
+                weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+                (grad,) = torch.autograd.grad((out * weights).sum(), entered)
+        except Exception:
+            # a foreign forward may raise anything
+            return None if model is theirs else False
+        results.append((out, grad, model.running_mean, model.running_var, model.num_batches_tracked))
+    if not counter.calls:
+        return False
+    return all(
+        (a is None) == (b is None)
+        and (a is None or torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5))
+        for a, b in zip(*results, strict=True)
+    )
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def around(self, made: type[nn.Module]) -> Any:
+        inner: Any = made._forward  # type: ignore[attr-defined]
+
+        def counted(layer: nn.Module, *args: Any) -> Any:
+            self.calls += 1
+            return inner(layer, *args)
+
+        return counted
+
+
+def _bare_copy(layer: _BatchNorm) -> _BatchNorm:
+    """A float32 copy on the CPU, without hooks."""
+    twin = copy.copy(layer)
+    twin.__dict__ = dict(layer.__dict__)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        twin.__dict__[name] = type(layer.__dict__[name])()
+    return copy.deepcopy(twin).to("cpu").float()
