@@ -36,7 +36,7 @@ def main() -> None:
     group = find(layers[0].process_group[0])
     inputs = [torch.randn(1, c, requires_grad=True) for c in channels()]
     told = []
-    for step in range(4):
+    for _ in range(4):
         before = group._get_sequence_number_for_group()
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
             outputs = [layer(z) for layer, z in zip(layers, inputs, strict=True)]
