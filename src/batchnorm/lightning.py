@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from batchnorm.network.synchronize import desynchronize, synchronize
+from batchnorm.network.ranks.synchronize import desynchronize, synchronize
 
 try:
     from lightning.pytorch.plugins import LayerSync

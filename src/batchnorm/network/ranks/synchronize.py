@@ -12,9 +12,9 @@ from batchnorm.distributed.groups import WORLD, Names, initialised, names_of
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import BatchNorm2d, Layer
 from batchnorm.network.layers.adopt import become_ours, become_torch
+from batchnorm.network.layers.subclasses import adopt_subclass
 from batchnorm.network.model import check_model
 from batchnorm.network.record import ATTRIBUTE, Record, write_record
-from batchnorm.network.subclasses import adopt_subclass
 from batchnorm.network.undo import Undo, keep_attribute, keep_modules
 
 _TOOL = "synchronize"

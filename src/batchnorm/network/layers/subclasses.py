@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.network.adopt import OURS, Adopted, torch_base
-from batchnorm.network.kinds import activation_name, has_hooks
+from batchnorm.network.layers.adopt import OURS, Adopted, torch_base
+from batchnorm.network.values.activations import activation_name
+from batchnorm.network.values.modules import has_hooks
 
 # a trial input: where the channels may be, in 2 to 5 axes
 _TRIAL_SHAPES = ((6, 0), (6, 0, 5), (6, 5, 0), (6, 0, 3, 2), (6, 3, 2, 0), (6, 0, 2, 2, 2), (6, 2, 2, 2, 0))
