@@ -81,6 +81,7 @@ class Layer(Populations):
         self.pooled_as = ""
         self.frozen_statistics = False
         self.frozen_affine = False
+        self.learned_affine: tuple[bool, ...] = (True, True)
         self.accumulator: Accumulator | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -290,14 +291,24 @@ class Layer(Populations):
         frozen : bool
             Whether they stop.
         """
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
+        if frozen == self.frozen_affine:
+            return
+        parameters = (self.weight, self.bias)
+        if frozen:  # one that stood still before is left so when the others learn again
+            self.learned_affine = tuple(p is not None and p.requires_grad for p in parameters)
+        for parameter, learned in zip(parameters, self.learned_affine, strict=True):
+            if parameter is not None and learned:
                 parameter.requires_grad_(not frozen)
         self.frozen_affine = frozen
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, value in (("accumulator", None), ("process_group", None), ("pooled_as", "")):
+        for name, value in (
+            ("accumulator", None),
+            ("process_group", None),
+            ("pooled_as", ""),
+            ("learned_affine", (True, True)),
+        ):
             self.__dict__.setdefault(name, value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
 
@@ -111,3 +112,40 @@ def check_number(
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not good(value):
         raise ArgumentError(f"{tool}: {name} must be {wanted}, and is {value!r}.", why=why, mend=mend)
+
+
+Where = str | Callable[[str, nn.Module], bool] | None
+"""Which modules a tool may touch: a pattern for names (``"layer4.*"``), or a predicate on name and module."""
+
+
+def chooser(where: Where, tool: str) -> Callable[[str, nn.Module], bool]:
+    """Give the predicate that ``where=`` stands for.
+
+    Parameters
+    ----------
+    where : str, callable or None
+        A pattern as in a shell; ``where(name, module)``; or None, which is everything.
+    tool : str
+        Who asks, for the message.
+
+    Returns
+    -------
+    callable
+        Of name and module.
+
+    Raises
+    ------
+    ArgumentError
+        It is none of these.
+    """
+    if where is None:
+        return lambda name, module: True
+    if isinstance(where, str):
+        pattern = where
+        return lambda name, module: fnmatchcase(name, pattern)
+    if callable(where):
+        return where
+    raise ArgumentError(
+        f"{tool}: where={where!r} says of no module whether it is meant.",
+        mend='where="layer4.*", or where=lambda name, module: ...',
+    )

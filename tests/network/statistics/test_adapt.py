@@ -177,3 +177,15 @@ def test_bad_input_changes_nothing():
         assert not net[0]._forward_pre_hooks
     with pytest.raises(batchnorm.ArgumentError, match="no batch norm"):
         batchnorm.adapt(nn.Linear(3, 3), good)
+
+
+def test_inside_a_domain_its_statistics_are_adapted_and_no_others():
+    layer = batchnorm.BatchNorm1d(2)
+    with batchnorm.domain("night"):
+        layer(torch.randn(64, 2) + 3)
+    layer.eval()
+    own, night = layer.running_mean.clone(), layer.domains["night"].running_mean.clone()
+    with batchnorm.domain("night"), batchnorm.adapt(layer, torch.full((16, 2), 9.0), prior=16):
+        torch.testing.assert_close(layer.domains["night"].running_mean, (night + 9) / 2)
+        assert torch.equal(layer.running_mean, own)
+    assert torch.equal(layer.domains["night"].running_mean, night)

@@ -168,3 +168,36 @@ def test_param_groups_refuse_a_decay_that_is_none(decay):
         batchnorm.param_groups(model(), decay)
     with pytest.raises(batchnorm.ArgumentError, match="no parameter"):
         batchnorm.param_groups(nn.ReLU(), 0.1)
+
+
+def test_to_thaw_is_the_inverse_of_to_freeze():
+    net = torch.nn.Sequential(batchnorm.BatchNorm1d(3), batchnorm.BatchNorm1d(3))
+    net[0].weight.requires_grad_(False)  # stood still before
+
+    def state():
+        return [(n.frozen_statistics, n.frozen_affine, p.requires_grad) for n in net for p in n.parameters()]
+
+    before = state()
+    for _ in range(2):  # twice frozen is frozen
+        batchnorm.freeze(net, affine=True)
+    assert not any(p.requires_grad for p in net.parameters())
+    assert state() != before
+    batchnorm.unfreeze(net)
+    assert state() == before
+
+
+def test_where_says_which_layers_and_the_record_tells_of_them():
+    net = torch.nn.ModuleDict({"stem": batchnorm.BatchNorm1d(3), "head": batchnorm.BatchNorm1d(3)})
+    batchnorm.freeze(net, where="st*")
+    assert (net["stem"].frozen_statistics, net["head"].frozen_statistics) == (True, False)
+    batchnorm.freeze(net, where=lambda name, layer: name == "head")
+    assert net["head"].frozen_statistics
+    batchnorm.unfreeze(net, where="head")
+    assert (net["stem"].frozen_statistics, net["head"].frozen_statistics) == (True, False)
+    assert [(row.path, row.action) for row in batchnorm.record(net)] == [
+        ("stem", "frozen"), ("head", "frozen"), ("head", "thawed")
+    ]  # fmt: skip
+    with pytest.raises(batchnorm.ArgumentError, match="where= means"):
+        batchnorm.freeze(net, where="no such")
+    with pytest.raises(batchnorm.ArgumentError, match="says of no module"):
+        batchnorm.freeze(net, where=3)

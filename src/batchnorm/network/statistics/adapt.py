@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import ArgumentError, ShapeError
 from batchnorm.kernels.select import select
 from batchnorm.layout import channel_axis, values_per_channel
+from batchnorm.modules import Layer
 from batchnorm.network.inputs import FORWARD, move_to, run_batch, single_device
 from batchnorm.network.model import check_model, check_number
 from batchnorm.network.undo import Undo, hook_before, set_modes, stop_gradients, write_together
@@ -25,7 +26,9 @@ class _Blender:
 
     def __init__(self, layer: _BatchNorm, prior: float) -> None:
         self.layer, self.prior = layer, prior
-        self.source = (layer.running_mean.clone(), layer.running_var.clone())  # type: ignore[union-attr]
+        # whose statistics inference reads: the layer's own, or those of the domain in force
+        self.holder: Any = (layer.population() if isinstance(layer, Layer) else None) or layer
+        self.source = (self.holder.running_mean.clone(), self.holder.running_var.clone())
         wide = [v.to(torch.float64 if v.device.type != "mps" else v.dtype) for v in self.source]
         self.mean, self.var = wide
         zeros = torch.zeros_like(self.mean)
@@ -56,7 +59,7 @@ class _Blender:
             buffer.copy_(torch.where(count > 0, new.to(buffer.dtype), old))
 
     def buffers(self) -> tuple[Tensor, Tensor]:
-        return self.layer.running_mean, self.layer.running_var  # type: ignore[return-value]
+        return self.holder.running_mean, self.holder.running_var
 
 
 class adapt:

@@ -10,11 +10,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import Layer
-from batchnorm.network.model import check_model
-from batchnorm.network.undo import Undo
+from batchnorm.network.model import Where, check_model, chooser
+from batchnorm.network.record import ATTRIBUTE, Record, write_record
+from batchnorm.network.undo import Undo, keep_attribute
 
 
-def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> nn.Module:
+def freeze(
+    model: nn.Module, statistics: bool = True, affine: bool = False, *, where: Where = None
+) -> nn.Module:
     """Freeze the batch norms of a model, so that ``.train()`` does not thaw them.
 
     A layer whose statistics are frozen normalizes with its running statistics in train mode too, and never
@@ -30,6 +33,8 @@ def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> n
         Freeze running means and variances. False leaves them as they are, frozen or not.
     affine : bool, default False
         Freeze gamma and beta. False leaves them as they are.
+    where : str or callable, optional
+        Which layers: a pattern for their names (``"layer4.*"``), or ``where(name, layer)``. All by default.
 
     Returns
     -------
@@ -49,7 +54,7 @@ def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> n
     >>> layer.frozen_statistics
     True
     """
-    layers = _layers(model, "freeze")
+    layers = _layers(model, "freeze", where)
     if statistics:
         for path, layer in layers.items():
             if layer.running_mean is None:
@@ -66,10 +71,12 @@ def freeze(model: nn.Module, statistics: bool = True, affine: bool = False) -> n
             layer.frozen_statistics = layer.frozen_statistics or statistics
             if affine:
                 layer.freeze_affine(True)
-        return model
+        return _tell(undo, model, layers, "frozen", statistics, affine)
 
 
-def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> nn.Module:
+def unfreeze(
+    model: nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None
+) -> nn.Module:
     """Undo `freeze`.
 
     Parameters
@@ -79,7 +86,9 @@ def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> 
     statistics : bool, default True
         Let running statistics move again in train mode.
     affine : bool, default True
-        Let gamma and beta learn again, in the layers where `freeze` stopped them.
+        Let gamma and beta learn again, those that `freeze` stopped.
+    where : str or callable, optional
+        Which layers: a pattern for their names (``"layer4.*"``), or ``where(name, layer)``. All by default.
 
     Returns
     -------
@@ -98,14 +107,27 @@ def unfreeze(model: nn.Module, statistics: bool = True, affine: bool = True) -> 
     >>> layer.frozen_statistics
     False
     """
-    layers, undo = _layers(model, "unfreeze"), Undo()
+    layers, undo = _layers(model, "unfreeze", where), Undo()
     with undo, undo:
         undo.add(partial(_set, _flags(layers)))
         for layer in layers.values():
             layer.frozen_statistics = layer.frozen_statistics and not statistics
             if affine and layer.frozen_affine:
                 layer.freeze_affine(False)
-        return model
+        return _tell(undo, model, layers, "thawed", statistics, affine)
+
+
+def _tell(
+    undo: Undo, model: nn.Module, layers: dict[str, Layer], action: str, statistics: bool, affine: bool
+) -> nn.Module:
+    what = " and ".join(["statistics"] * statistics + ["gamma and beta"] * affine)
+    told = Record()
+    for path, layer in layers.items():
+        told.add(
+            path, type(layer).__name__, action, what, tool="freeze" if action == "frozen" else "unfreeze"
+        )
+    keep_attribute(undo, model, ATTRIBUTE)
+    return write_record(model, told) if what else model
 
 
 def _flags(layers: dict[str, Layer]) -> list[tuple[Any, str, bool]]:
@@ -122,13 +144,14 @@ def _set(flags: list[tuple[Any, str, bool]]) -> None:
         setattr(holder, name, value)
 
 
-def _layers(model: nn.Module, verb: str) -> dict[str, Layer]:
+def _layers(model: nn.Module, verb: str, where: Where) -> dict[str, Layer]:
     check_model(model, verb)
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
+    chosen = chooser(where, verb)
+    layers = {p: m for p, m in model.named_modules() if isinstance(m, Layer) and chosen(p, m)}
     strangers = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and path not in layers
+        if isinstance(module, _BatchNorm) and not isinstance(module, Layer) and chosen(path, module)
     ]
     if strangers:
         raise ArgumentError(
@@ -139,7 +162,7 @@ def _layers(model: nn.Module, verb: str) -> dict[str, Layer]:
         )
     if not layers:
         raise ArgumentError(
-            f"{verb}: {type(model).__name__} has no batch norm.",
+            f"{verb}: {type(model).__name__} has no batch norm{'' if where is None else ' that where= means'}.",
             why="there is nothing to do, and you expected that there is.",
             mend="look at the model; a folded network has none left.",
         )
