@@ -4,8 +4,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
-#include <cmath>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "placement.h"
 #include "pool.h"
@@ -19,10 +20,24 @@ using namespace nb::literals;
 namespace bn {
 namespace {
 
+// kernels/contract.py: Norm, a tuple
+struct Norm {
+    explicit Norm(nb::handle t) : items(t) {}
+    nb::handle at(int i) const { return PyTuple_GET_ITEM(items.ptr(), i); }
+    int axis() const { return nb::cast<int>(at(0)); }
+    double eps() const { return nb::cast<double>(at(1)); }
+    nb::handle gamma() const { return at(2); }
+    nb::handle beta() const { return at(3); }
+    nb::handle residual() const { return at(4); }
+
+  private:
+    nb::handle items;
+};
+
 // Takes the arguments of a call one by one; once one of them has been declined, the call is.
 class Arguments {
   public:
-    Arguments(nb::handle z, int axis) {
+    Arguments(nb::handle z, int axis_) : axis(axis_) {
         dlpack::Tensor t;
         good = tensors::look(z.ptr(), t) && place(t, axis, at);
         if (!good) return;
@@ -32,9 +47,39 @@ class Arguments {
 
     bool declined() const { return !good; }
 
-    // None, or a vector of length C in the accumulator's type
+    // None, or a vector of length C in the accumulator's type, to be written to as well
     void *vector(nb::handle v) { return one(v, accumulator, at.shape.c); }
     int64_t *counts(nb::handle v, int64_t length) { return static_cast<int64_t *>(one(v, dlpack::int64, length)); }
+
+    // None, or a vector of length C of any floating type, as accumulators
+    template <class A>
+    const A *values(nb::handle v) {
+        dlpack::Tensor t;
+        if (v.is_none() || !good || !vector_of(v, at.shape.c, t)) return nullptr;
+        if (t.type == accumulator && (t.ndim == 0 || t.shape[0] == 1 || t.strides[0] == 1)) return static_cast<A *>(t.begin());
+        DType type;
+        if (!known(t.type, type)) return good = false, nullptr;
+        const int64_t step = t.ndim ? t.strides[0] * static_cast<int64_t>(element_size(type)) : 0;
+        const size_t c = static_cast<size_t>(at.shape.c);
+        if (sizeof(A) == (type == DType::f64 ? 8 : 4)) {
+            A *const out = own<A>(at.shape.c);
+            table<A>(type).gather(t.begin(), step, c, out);
+            return out;
+        }
+        using Other = std::conditional_t<sizeof(A) == 8, float, double>;
+        const Array<Other> given = array<Other>(at.shape.c);
+        table<Other>(type).gather(t.begin(), step, c, given.get());
+        A *const out = own<A>(at.shape.c);
+        for (size_t i = 0; i < c; ++i) out[i] = static_cast<A>(given[i]);
+        return out;
+    }
+
+    // a vector of length C that lives as long as the call
+    template <class A>
+    A *own(int64_t length) {
+        owned.push_back(array<double>(length));
+        return reinterpret_cast<A *>(owned.back().get());
+    }
 
     // None, or a tensor that lies like the output
     void *packed(nb::handle v) {
@@ -43,7 +88,35 @@ class Arguments {
         return (good = tensors::look(v.ptr(), t) && at.packed(t)) ? t.begin() : nullptr;
     }
 
-    void *bit_mask(nb::handle v) { return one(v, dlpack::uint8, mask_bytes(at.shape)); }
+    // None, or the sides of the kink; their form decides how z is read
+    void *sides(nb::handle v) {
+        if (v.is_none() || !good) return nullptr;
+        dlpack::Tensor t;
+        good = tensors::look(v.ptr(), t) && t.device.type == dlpack::cpu && t.type == dlpack::uint8 && (t.ndim == 2 || t.ndim == 3);
+        if (!good) return nullptr;
+        int64_t step = 1;
+        for (int a = t.ndim; a-- > 0; step *= t.shape[a]) good &= t.shape[a] == 1 || t.strides[a] == step;
+        Sides given(t.ndim, {});
+        std::copy(t.shape, t.shape + t.ndim, given.sizes);
+        good = form_is_given = good && read_as(at.shape, given);
+        return good ? t.begin() : nullptr;
+    }
+
+    // None, or a mask; nullptr where it keeps everything, which is as if there were none. After `sides`.
+    const Keep *mask(nb::handle v) {
+        if (v.is_none() || !good) return nullptr;
+        dlpack::Tensor t;
+        const uint8_t *bytes = nullptr;
+        good = tensors::look(v.ptr(), t) && positions(t, axis, at, mask_values, bytes);
+        if (!good || at.count == 0) return nullptr;
+        kept = 0;
+        for (int64_t i = 0; i < at.values; ++i) kept += bytes[i];
+        if (kept == at.values) return nullptr;
+        // rows that are kept or not are better not side by side, but where they are short
+        if (at.shape.form == Form::side_by_side && at.shape.c >= 32 && !form_is_given) at.shape.form = Form::columns;
+        keep = std::make_unique<Keep>(at.shape, bytes, kept);
+        return keep.get();
+    }
 
     template <class T>
     nb::object output(T *&memory) const {
@@ -52,15 +125,17 @@ class Arguments {
     template <class T>
     nb::object vector_of_channels(T *&memory) const {
         const int64_t step = 1;
-        return make(accumulator, 1, &at.shape.c, &step, memory);
+        return make(sizeof(T) == 8 ? dlpack::float64 : dlpack::float32, 1, &at.shape.c, &step, memory);
     }
-    nb::object bits(uint8_t *&memory) const {
-        const int64_t bytes = mask_bytes(at.shape), step = 1;
-        return make(dlpack::uint8, 1, &bytes, &step, memory);
+    nb::object sides(uint8_t *&memory) const {
+        const Sides s(at.shape);
+        const int64_t steps[] = {s.bytes() / std::max<int64_t>(1, s.sizes[0]), s.axes == 3 ? s.sizes[2] : 1, 1};
+        return make(dlpack::uint8, s.axes, s.sizes, steps, memory);
     }
 
     Placement at;
     void *begin = nullptr;
+    int64_t kept = -1;  // values of a channel that a mask keeps; negative: there is none
 
   private:
     template <class T>
@@ -70,16 +145,23 @@ class Arguments {
         memory = static_cast<T *>(where);
         return made;
     }
+    bool vector_of(nb::handle v, int64_t length, dlpack::Tensor &t) {
+        return good = tensors::look(v.ptr(), t) && t.device.type == dlpack::cpu &&
+                      (t.ndim == 1 ? t.shape[0] == length : t.ndim == 0 && length == 1);
+    }
     void *one(nb::handle v, dlpack::Type type, int64_t length) {
-        if (v.is_none() || !good) return nullptr;
         dlpack::Tensor t;
-        good = tensors::look(v.ptr(), t) && t.device.type == dlpack::cpu && t.type == type &&
-               (t.ndim == 1 ? t.shape[0] == length && (length == 1 || t.strides[0] == 1) : t.ndim == 0 && length == 1);
+        if (v.is_none() || !good || !vector_of(v, length, t)) return nullptr;
+        good = t.type == type && (t.ndim == 0 || length == 1 || t.strides[0] == 1);
         return good ? t.begin() : nullptr;
     }
 
+    int axis;
     dlpack::Type accumulator{};
-    bool good = true;
+    bool good = true, form_is_given = false;
+    std::vector<Array<double>> owned;
+    std::vector<uint8_t> mask_values;
+    std::unique_ptr<Keep> keep;
 };
 
 // f(A{}) with A the accumulator type
@@ -111,130 +193,151 @@ void read(Arguments &a, nb::handle t, Tracking<A> &out) {
     out.skip_nonfinite = nb::cast<bool>(t[5]);
 }
 
-nb::object call_forward(nb::handle z, int axis, nb::handle gamma, nb::handle beta, double eps, nb::handle residual,
-                        int activation, nb::handle tracking) {
-    Arguments a(z, axis);
+// what the forward keeps for the backward of z and a residual
+template <class A>
+nb::object saved(const Arguments &a, const Norm &norm, ForwardProblem<A> &p) {
+    const Saved kind = p.residual ? saved_for(p.activation) : Saved::none;
+    if (kind == Saved::bit_mask) return a.sides(p.mask);
+    return kind == Saved::residual ? nb::borrow(norm.residual()) : nb::none();
+}
+
+nb::object call_forward(nb::handle z, nb::handle norm_, int activation, nb::handle tracking, nb::handle mask) {
+    const Norm norm(norm_);
+    Arguments a(z, norm.axis());
     if (a.declined()) return nb::none();
     return with_accumulator(a.at.shape.dtype, [&](auto zero) -> nb::object {
         using A = decltype(zero);
         ForwardProblem<A> p;
+        p.keep = a.mask(mask);
+        if (a.kept >= 0 && a.kept < 2) return nb::none();
         p.shape = a.at.shape;
         p.activation = static_cast<Activation>(activation);
         p.z = a.begin;
-        p.gamma = static_cast<A *>(a.vector(gamma));
-        p.beta = static_cast<A *>(a.vector(beta));
-        p.residual = a.packed(residual);
-        p.eps = eps;
+        p.gamma = a.values<A>(norm.gamma());
+        p.beta = a.values<A>(norm.beta());
+        p.residual = a.packed(norm.residual());
+        p.eps = norm.eps();
         if (!tracking.is_none()) read(a, tracking, p.tracking);
         if (a.declined()) return nb::none();
         const nb::object y = a.output(p.y), mean = a.vector_of_channels(p.mean), var = a.vector_of_channels(p.var),
-                         inv_std = a.vector_of_channels(p.inv_std);
-        nb::object saved = nb::none();
-        if (p.residual && saved_for(p.activation) == Saved::bit_mask)
-            saved = a.bits(p.mask);
-        else if (p.residual && saved_for(p.activation) == Saved::residual)
-            saved = nb::borrow(residual);
+                         inv_std = a.vector_of_channels(p.inv_std), kept = saved(a, norm, p);
         bool skipped = false;
         p.skipped = &skipped;
         p.threads = team::threads();
         without_lock(a.at, [&] { forward(p); });
         if (skipped) nb::borrow(on_skip)(nb::object(tracking[0]));
-        return nb::make_tuple(y, mean, var, inv_std, saved);
+        return nb::make_tuple(y, mean, var, inv_std, kept);
     });
 }
 
-nb::object call_statistics(nb::handle z, int axis) {
+nb::object call_statistics(nb::handle z, int axis, nb::handle mask, bool exact) {
     Arguments a(z, axis);
     if (a.declined()) return nb::none();
     return with_accumulator(a.at.shape.dtype, [&](auto zero) -> nb::object {
         using A = decltype(zero);
         ForwardProblem<A> p;
-        const nb::object mean = a.vector_of_channels(p.mean), m2 = a.vector_of_channels(p.m2);
+        p.keep = a.mask(mask);
+        if (a.declined()) return nb::none();
         p.shape = a.at.shape;
+        nb::object mean, m2;
+        if (exact) {
+            mean = a.vector_of_channels(p.exact_mean), m2 = a.vector_of_channels(p.exact_m2);
+            std::fill_n(p.exact_mean, p.shape.c, 0.0), std::fill_n(p.exact_m2, p.shape.c, 0.0);
+            p.mean = a.own<A>(p.shape.c);
+        } else {
+            mean = a.vector_of_channels(p.mean), m2 = a.vector_of_channels(p.m2);
+            std::fill_n(p.mean, p.shape.c, A{0}), std::fill_n(p.m2, p.shape.c, A{0});  // of no value
+        }
         p.parts = statistics;
         p.z = a.begin;
         p.threads = team::threads();
-        if (a.at.values == 0)  // of no value: none
-            std::fill_n(p.mean, p.shape.c, A{0}), std::fill_n(p.m2, p.shape.c, A{0});
         without_lock(a.at, [&] { forward(p); });
-        return nb::make_tuple(a.at.values, mean, m2);
+        return nb::make_tuple(a.kept < 0 ? a.at.values : a.kept, mean, m2);
     });
 }
 
-// `spread`: 1 / sqrt(var + eps); or var, with an eps of 0 or more
-nb::object call_normalize(nb::handle z, int axis, nb::handle mean, nb::handle spread, double eps, nb::handle gamma,
-                          nb::handle beta, nb::handle residual, int activation, nb::handle out) {
-    Arguments a(z, axis);
+// `spread`: var, or 1 / sqrt(var + eps)
+nb::object call_normalize(nb::handle z, nb::handle norm_, int activation, nb::handle mean, nb::handle spread, bool is_var,
+                          nb::handle mask, nb::handle out, bool save) {
+    const Norm norm(norm_);
+    Arguments a(z, norm.axis());
     if (a.declined()) return nb::none();
     return with_accumulator(a.at.shape.dtype, [&](auto zero) -> nb::object {
         using A = decltype(zero);
         ForwardProblem<A> p;
+        p.keep = a.mask(mask);
         p.shape = a.at.shape;
         p.activation = static_cast<Activation>(activation);
         p.parts = normalization;
         p.z = a.begin;
-        p.mean = static_cast<A *>(a.vector(mean));
-        p.inv_std = static_cast<A *>(a.vector(spread));
-        p.gamma = static_cast<A *>(a.vector(gamma));
-        p.beta = static_cast<A *>(a.vector(beta));
-        p.residual = a.packed(residual);
+        // normalization alone reads them
+        p.mean = const_cast<A *>(a.values<A>(mean));
+        p.inv_std = const_cast<A *>(is_var ? nullptr : a.values<A>(spread));
+        const A *const var = is_var ? a.values<A>(spread) : nullptr;
+        p.gamma = a.values<A>(norm.gamma());
+        p.beta = a.values<A>(norm.beta());
+        p.residual = a.packed(norm.residual());
         p.y = a.packed(out);
         if (a.declined()) return nb::none();
-        Array<A> own;
-        if (eps >= 0) {
-            own = array<A>(p.shape.c);
-            for (int64_t c = 0; c < p.shape.c; ++c)
-                own[c] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(p.inv_std[c]) + eps));
-            p.inv_std = own.get();
+        if (is_var) {
+            p.inv_std = a.own<A>(p.shape.c);
+            table<A>(p.shape.dtype).inverse_deviations(var, norm.eps(), static_cast<size_t>(p.shape.c), p.inv_std);
         }
         const nb::object y = out.is_none() ? a.output(p.y) : nb::borrow(out);
+        const nb::object kept = save ? saved(a, norm, p) : nb::none();
         p.threads = team::threads();
         without_lock(a.at, [&] { forward(p); });
-        return y;
+        return nb::make_tuple(y, kept);
     });
 }
 
-nb::object call_backward(unsigned parts, nb::handle dy, nb::handle z, int axis, nb::handle mean, nb::handle inv_std,
-                         nb::handle gamma, nb::handle beta, int activation, nb::handle saved, nb::handle sum_dy,
-                         nb::handle sum_dy_zhat, double count, bool with_residual) {
-    Arguments a(z, axis);
+nb::object call_backward(unsigned parts, nb::handle dy, nb::handle z, nb::handle norm_, int activation, nb::handle mean,
+                         nb::handle inv_std, nb::handle saved, nb::handle sum_dy, nb::handle sum_dy_zhat,
+                         nb::handle count, bool with_residual, nb::handle mask, bool exact) {
+    const Norm norm(norm_);
+    Arguments a(z, norm.axis());
     if (a.declined()) return nb::none();
     return with_accumulator(a.at.shape.dtype, [&](auto zero) -> nb::object {
         using A = decltype(zero);
         BackwardProblem<A> p;
-        p.shape = a.at.shape;
         p.activation = static_cast<Activation>(activation);
         p.parts = parts;
         p.z = a.begin;
         p.dy = a.packed(dy);
-        p.mean = static_cast<A *>(a.vector(mean));
-        p.inv_std = static_cast<A *>(a.vector(inv_std));
-        p.gamma = static_cast<A *>(a.vector(gamma));
-        p.beta = static_cast<A *>(a.vector(beta));
+        p.mean = a.values<A>(mean);
+        p.inv_std = a.values<A>(inv_std);
+        p.gamma = a.values<A>(norm.gamma());
+        p.beta = a.values<A>(norm.beta());
         if (saved_for(p.activation) == Saved::bit_mask)
-            p.saved = a.bit_mask(saved);
+            p.saved = a.sides(saved);
         else if (saved_for(p.activation) == Saved::residual)
             p.saved = a.packed(saved);
+        p.keep = a.mask(mask);
+        p.shape = a.at.shape;
         const bool reduces = parts & reduction, maps = parts & input_gradient;
-        const auto sum = [&](nb::handle given) { return reduces ? nb::none() : nb::borrow(given); };
-        nb::object first = sum(sum_dy), second = sum(sum_dy_zhat);
-        p.sum_dy = static_cast<A *>(a.vector(first));
-        p.sum_dy_zhat = static_cast<A *>(a.vector(second));
+        nb::object first = nb::none(), second = nb::none();
+        if (!reduces) {  // the input gradient alone reads them
+            p.sum_dy = const_cast<A *>(a.values<A>(sum_dy));
+            p.sum_dy_zhat = const_cast<A *>(a.values<A>(sum_dy_zhat));
+        }
         if (a.declined()) return nb::none();
-        if (reduces) {
-            first = a.vector_of_channels(p.sum_dy);
-            second = a.vector_of_channels(p.sum_dy_zhat);
+        if (reduces && exact) {
+            first = a.vector_of_channels(p.exact_dy), second = a.vector_of_channels(p.exact_dy_zhat);
+            std::fill_n(p.exact_dy, p.shape.c, 0.0), std::fill_n(p.exact_dy_zhat, p.shape.c, 0.0);
+            p.sum_dy = a.own<A>(p.shape.c), p.sum_dy_zhat = a.own<A>(p.shape.c);
+        } else if (reduces) {
+            first = a.vector_of_channels(p.sum_dy), second = a.vector_of_channels(p.sum_dy_zhat);
         }
         nb::object dz = nb::none(), dresidual = nb::none();
         if (maps) {
             dz = a.output(p.dz);
-            if (with_residual && p.activation == Activation::identity) {
+            if (with_residual && p.activation == Activation::identity && !p.keep) {
                 dresidual = nb::borrow(dy);
             } else if (with_residual) {
                 dresidual = a.output(p.dresidual);
             }
         }
-        p.count = count < 0 ? static_cast<double>(a.at.values) : count;
+        p.count = count.is_none() ? static_cast<double>(a.kept < 0 ? a.at.values : a.kept) : nb::cast<double>(count);
         p.threads = team::threads();
         without_lock(a.at, [&] { backward(p); });
         return nb::make_tuple(dz, first, second, dresidual);
@@ -242,14 +345,14 @@ nb::object call_backward(unsigned parts, nb::handle dy, nb::handle z, int axis, 
 }
 
 // Whether these go through `forward` as they are: nothing about them needs an error, or a copy.
-bool takes(nb::handle z, int axis, nb::handle gamma, nb::handle beta, nb::handle residual, nb::handle running_mean,
-           nb::handle running_var) {
-    Arguments a(z, axis);
-    a.vector(gamma);
-    a.vector(beta);
+bool takes(nb::handle z, nb::handle norm_, nb::handle running_mean, nb::handle running_var) {
+    const Norm norm(norm_);
+    Arguments a(z, norm.axis());
+    a.vector(norm.gamma());
+    a.vector(norm.beta());
     a.vector(running_mean);
     a.vector(running_var);
-    a.packed(residual);
+    a.packed(norm.residual());
     return !a.declined() && a.at.values >= 2;
 }
 
@@ -267,27 +370,28 @@ nb::object packed_strides(nb::handle z, int axis) {
 NB_MODULE(_core, m) {
     using namespace bn;
     m.doc() = "The C++ core of batchnorm. Use batchnorm.kernels.cpu.";
+    m.attr("interface") = 2;
     team::resolve();
 
     m.def("use", [](nb::handle table) { tensors::use(table.ptr()); }, "table"_a,
           "Take and make tensors by this type's `__dlpack_c_exchange_api__`.");
     m.def("call_on_skip", [](nb::object function) { Py_XDECREF(std::exchange(on_skip, function.release().ptr())); },
           "function"_a, "Call this with the running mean whenever a channel of a batch was skipped.");
-    m.def("takes", &takes, "z"_a, "axis"_a, "gamma"_a.none(), "beta"_a.none(), "residual"_a.none(),
-          "running_mean"_a.none(), "running_var"_a.none(),
+    m.def("takes", &takes, "z"_a, "norm"_a, "running_mean"_a.none(), "running_var"_a.none(),
           "Whether a forward takes these as they are, two values a channel at least.");
     m.def("packed_strides", &packed_strides, "z"_a, "axis"_a,
           "Strides of what lies beside z; None where z must be copied first.");
-    m.def("forward", &call_forward, "z"_a, "axis"_a, "gamma"_a.none(), "beta"_a.none(), "eps"_a, "residual"_a.none(),
-          "activation"_a, "tracking"_a.none(), "(y, mean, var, inv_std, saved), or None: declined.");
-    m.def("statistics", &call_statistics, "z"_a, "axis"_a, "(count, mean, m2), or None: declined.");
-    m.def("normalize", &call_normalize, "z"_a, "axis"_a, "mean"_a, "spread"_a, "eps"_a, "gamma"_a.none(),
-          "beta"_a.none(), "residual"_a.none(), "activation"_a, "out"_a.none(),
-          "y, or None: declined. `spread` is 1 / sqrt(var + eps), or var with an eps of 0 or more.");
-    m.def("backward", &call_backward, "parts"_a, "dy"_a, "z"_a, "axis"_a, "mean"_a, "inv_std"_a, "gamma"_a.none(),
-          "beta"_a.none(), "activation"_a, "saved"_a.none(), "sum_dy"_a.none(), "sum_dy_zhat"_a.none(), "count"_a,
-          "with_residual"_a,
-          "Sums (parts 1), input gradient (2) or both (3), a negative count for z's own: "
+    m.def("forward", &call_forward, "z"_a, "norm"_a, "activation"_a, "tracking"_a.none(), "mask"_a.none(),
+          "(y, mean, var, inv_std, saved), or None: declined, as a mask is that keeps fewer than two values.");
+    m.def("statistics", &call_statistics, "z"_a, "axis"_a, "mask"_a.none(), "exact"_a,
+          "(count, mean, m2), in float64 where they are to be exact, or None: declined.");
+    m.def("normalize", &call_normalize, "z"_a, "norm"_a, "activation"_a, "mean"_a, "spread"_a, "is_var"_a, "mask"_a.none(),
+          "out"_a.none(), "save"_a,
+          "(y, saved), or None: declined. `spread` is var where `is_var`, else 1 / sqrt(var + eps).");
+    m.def("backward", &call_backward, "parts"_a, "dy"_a, "z"_a, "norm"_a, "activation"_a, "mean"_a, "inv_std"_a,
+          "saved"_a.none(), "sum_dy"_a.none(), "sum_dy_zhat"_a.none(), "count"_a.none(), "with_residual"_a,
+          "mask"_a.none(), "exact"_a,
+          "Sums (parts 1), input gradient (2) or both (3), count None for z's own: "
           "(dz, sum_dy, sum_dy_zhat, dresidual), or None: declined.");
 
     m.def("select_isa", [](const std::string &isa) { select_isa(isa.c_str()); }, "isa"_a, "Choose an instruction set; '': the best.");

@@ -124,7 +124,7 @@ struct Result {
 
 template <class A>
 Result<A> once(const Shape &x, Activation a, bool residual, int threads, const std::vector<char> &z,
-               const std::vector<char> &r, const std::vector<char> &dy) {
+               const std::vector<char> &r, const std::vector<char> &dy, const Keep *keep = nullptr) {
     const size_t c = static_cast<size_t>(x.c), bytes = z.size();
     Result<A> out;
     out.y.resize(bytes), out.dz.resize(bytes), out.dr.resize(residual ? bytes : 0);
@@ -132,7 +132,7 @@ Result<A> once(const Shape &x, Activation a, bool residual, int threads, const s
         v->assign(c, A{0});
     std::vector<A> gamma(c), beta(c);
     for (size_t i = 0; i < c; ++i) gamma[i] = static_cast<A>(0.5 + 0.01 * double(i % 50)), beta[i] = static_cast<A>(0.1 * double(i % 7));
-    std::vector<uint8_t> mask(static_cast<size_t>(mask_bytes(x)));
+    std::vector<uint8_t> mask(static_cast<size_t>(Sides(x).bytes()));
     int64_t tracked = 0;
     bool skipped = false;
     const bool with_mask = residual && piecewise_linear(a);
@@ -144,8 +144,10 @@ Result<A> once(const Shape &x, Activation a, bool residual, int threads, const s
     f.tracking.running_mean = out.running_mean.data(), f.tracking.running_var = out.running_var.data();
     f.tracking.num_batches_tracked = &tracked, f.skipped = &skipped;
     f.threads = threads;
+    f.keep = keep;
     forward(f);
     BackwardProblem<A> b;
+    b.keep = keep;
     b.shape = x, b.activation = a, b.dy = dy.data(), b.z = z.data(), b.dz = out.dz.data();
     b.dresidual = residual ? out.dr.data() : nullptr;
     b.saved = !residual || a == Activation::identity ? nullptr : with_mask ? static_cast<const void *>(mask.data()) : r.data();
@@ -228,7 +230,8 @@ int main(int argc, char **argv) {
                     for (const Case &k : cases) {
                         if (brief && (k.n * k.c * k.s > 6000 || (act > 2 && dtype))) continue;
                         const int64_t sn = k.c * k.s;
-                        const Shape x{static_cast<DType>(dtype), k.layout, k.n, k.c, k.s, sn, k.s};
+                        Shape x{static_cast<DType>(dtype), k.layout, k.n, k.c, k.s, sn, k.s};
+                        x.form = natural_form(x);
                         if (x.dtype == DType::f64)
                             check<double>(x, static_cast<Activation>(act), residual);
                         else

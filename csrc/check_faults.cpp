@@ -119,7 +119,7 @@ struct Buffers {
         const size_t all = static_cast<size_t>(x.n * x.c * x.s), c = static_cast<size_t>(x.c);
         z.assign(values, values + all), dy = z, y.resize(all), dz.resize(all);
         for (auto *v : {&gamma, &beta, &mean, &var, &inv_std, &sum_dy, &sum_dy_zhat, &running_mean, &running_var}) v->assign(c, A{1});
-        mask.resize(static_cast<size_t>(mask_bytes(x)));
+        mask.resize(static_cast<size_t>(Sides(x).bytes()));
     }
     ForwardProblem<A> forward(const Shape &x, Activation a, bool residual, int threads) {
         ForwardProblem<A> f;
@@ -162,7 +162,8 @@ void routes() {
                     pretend_cache(last / 4, last);
                     const bool residual = with;
                     const Activation a = Activation::relu;
-                    const Shape x{DType::f32, k.layout, k.n, k.c, k.s, k.c * k.s, k.s};
+                    Shape x{DType::f32, k.layout, k.n, k.c, k.s, k.c * k.s, k.s};
+                    x.form = natural_form(x);
                     std::vector<float> values(static_cast<size_t>(k.n * k.c * k.s));
                     for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i * 2654435761u % 1000) / 500 - 1;
                     Buffers<float> want(x, values.data()), have(x, values.data());

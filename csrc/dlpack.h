@@ -16,7 +16,8 @@ struct Type {
     uint16_t lanes;
     bool operator==(const Type &o) const { return code == o.code && bits == o.bits && lanes == o.lanes; }
 };
-constexpr Type int64{0, 64, 1}, uint8{1, 8, 1}, float16{2, 16, 1}, float32{2, 32, 1}, float64{2, 64, 1}, bfloat16{4, 16, 1};
+constexpr Type int64{0, 64, 1}, uint8{1, 8, 1}, float16{2, 16, 1}, float32{2, 32, 1}, float64{2, 64, 1}, bfloat16{4, 16, 1},
+    boolean{6, 8, 1};
 
 struct Tensor {
     void *data;

@@ -10,13 +10,10 @@
 
 namespace bn {
 
-struct Pair {
-    double a = 0, b = 0;
-    void operator+=(const Pair &o) {
-        a += o.a;
-        b += o.b;
-    }
-};
+inline void operator+=(Sums &to, const Sums &o) {
+    to.a += o.a;
+    to.b += o.b;
+}
 
 // Vectors of length C, spread out to the columns; where columns are channels, the vectors themselves.
 template <class A, int slots>
@@ -70,18 +67,18 @@ void run_planes(Step &step, const Planes &g, int64_t element, int threads) {
         const int64_t group = channels_together(g, element, Step::inputs, threads), groups = (g.c + group - 1) / group;
         const int team = static_cast<int>(std::min<int64_t>(threads, groups));
         auto all_lanes = lanes_for<Step>(step.reduces() ? team : 0, group);
-        const Array<Pair> totals = array<Pair>(step.reduces() ? team * group : 0);
+        const Array<Sums> totals = array<Sums>(step.reduces() ? team * group : 0);
         step.begin();
         const auto work = [&](int thread, const auto &take) {
-            Pair *const total = totals.get() + thread * group;
+            Sums *const total = totals.get() + thread * group;
             for (int64_t i; (i = take()) < groups;) {
                 const int64_t c0 = i * group, c1 = std::min(g.c, c0 + group);
                 if (step.reduces()) {
                     step.look_at(g, c0, c1);
-                    std::fill(total, total + group, Pair{});
+                    std::fill(total, total + group, Sums{});
                     for (int64_t k = 0; k < g.segments; ++k)
                         step.reduce_segment(g, c0, c1, k, all_lanes[static_cast<size_t>(thread)], total);
-                    for (int64_t c = c0; c < c1; ++c) step.finish(c, total[c - c0]);
+                    step.finish(c0, c1, total);
                 }
                 if (step.maps())  // backwards: what was read last is still near
                     for (int64_t u = g.units; u-- > 0;) {
@@ -100,14 +97,14 @@ void run_planes(Step &step, const Planes &g, int64_t element, int threads) {
 
     // few or large channels: the whole team on as many of them as the last-level cache holds
     const int64_t together = std::clamp<int64_t>(last / 2 / std::max<int64_t>(1, channel_bytes), 1, g.c);
-    const Array<Pair> partial = array<Pair>(step.reduces() ? together * g.segments : 0);
+    const Array<Sums> partial = array<Sums>(step.reduces() ? together * g.segments : 0);
     auto all_lanes = lanes_for<Step>(step.reduces() ? threads : 0, 1);
     step.begin();
     for (int64_t c0 = 0; c0 < g.c; c0 += together) {
         const int64_t count = std::min(g.c - c0, together), work = count * g.segments;
         if (step.reduces()) {
             step.look_at(g, c0, c0 + count);
-            std::fill(partial.get(), partial.get() + together * g.segments, Pair{});
+            std::fill(partial.get(), partial.get() + together * g.segments, Sums{});
             std::atomic<int64_t> next{0};
             team::parallel(threads, [&](int thread, int) {
                 typename Step::Lanes &lanes = all_lanes[static_cast<size_t>(thread)];
@@ -117,10 +114,11 @@ void run_planes(Step &step, const Planes &g, int64_t element, int threads) {
                 }
             });
             for (int64_t c = 0; c < count; ++c) {
-                Pair total;
+                Sums total;
                 for (int64_t k = 0; k < g.segments; ++k) total += partial[c * g.segments + k];
-                step.finish(c0 + c, total);
+                partial[c] = total;  // of segments that have been added
             }
+            step.finish(c0, c0 + count, partial.get());
         }
         if (step.maps()) {
             std::atomic<int64_t> left{work};
@@ -137,7 +135,7 @@ void run_planes(Step &step, const Planes &g, int64_t element, int threads) {
 }
 
 // sums of the columns [j0, j1) to sums of channels
-inline void fold(const Columns &g, const double *sum, const double *square, int64_t j0, int64_t j1, Pair *out) {
+inline void fold(const Columns &g, const double *sum, const double *square, int64_t j0, int64_t j1, Sums *out) {
     if (g.s == 1) {
         for (int64_t j = j0, c = g.channel(j0); j < j1; ++j, ++c) {
             if (c == g.c) c = 0;
@@ -146,7 +144,7 @@ inline void fold(const Columns &g, const double *sum, const double *square, int6
         return;
     }
     for (int64_t j = j0; j < j1; j += g.s) {
-        Pair one;
+        Sums one;
         for (int64_t k = 0; k < g.s; ++k) one += {sum[j - j0 + k], square[j - j0 + k]};
         out[g.channel(j)] += one;
     }
@@ -154,7 +152,7 @@ inline void fold(const Columns &g, const double *sum, const double *square, int6
 
 template <class Step>
 void reduce_rows(Step &step, const Columns &g, const typename Step::Coefficients &all, int64_t segment, int64_t j0,
-                 int64_t j1, double *sums, Pair *out) {
+                 int64_t j1, double *sums, Sums *out) {
     const int64_t begin = segment * g.segment_rows, end = std::min(g.rows, begin + g.segment_rows), width = j1 - j0;
     std::fill(sums, sums + 2 * width, 0.0);
     for (int64_t row = begin; row < end; row += g.block_rows)
@@ -177,7 +175,7 @@ void run_columns(Step &step, const Columns &g, int64_t element, int threads) {
         const int64_t width = (units + parts - 1) / parts * unit;
         const int team = static_cast<int>(std::min<int64_t>(threads, g.segments * parts));
         const int64_t sums_each = 2 * std::min(width, g.cols);
-        const Array<Pair> partial = array<Pair>(g.segments * g.c);
+        const Array<Sums> partial = array<Sums>(g.segments * g.c);
         const Array<double> all_sums = array<double>(team * sums_each);
         step.begin();
         team::parallel(team, [&](int thread, int count) {
@@ -190,11 +188,9 @@ void run_columns(Step &step, const Columns &g, int64_t element, int threads) {
         });
         team::parallel(useful_threads(threads, g.segments * g.c), [&](int thread, int count) {
             const team::Range mine = team::share(g.c, thread, count);
-            for (int64_t c = mine.begin; c < mine.end; ++c) {
-                Pair total;
-                for (int64_t k = 0; k < g.segments; ++k) total += partial[k * g.c + c];
-                step.finish(c, total);
-            }
+            for (int64_t k = 1; k < g.segments; ++k)
+                for (int64_t c = mine.begin; c < mine.end; ++c) partial[c] += partial[k * g.c + c];
+            if (mine.begin < mine.end) step.finish(mine.begin, mine.end, &partial[mine.begin]);
         });
     }
     if (!step.maps()) return;

@@ -57,36 +57,39 @@ class ForwardStep {
     }
     bool skipped() const { return skips.load(std::memory_order_relaxed); }
 
-    void finish(int64_t c, const Pair &total) {
-        if (finish_channel(p, c, static_cast<double>(center[c]), total.a, total.b))
-            skips.store(true, std::memory_order_relaxed);
-        if (p.inv_std) scale[c] = Affine<A>::scale(p.gamma, p.inv_std, c);
+    void finish(int64_t c0, int64_t c1, const Sums *totals) {
+        if (finish_channels(p, k, c0, c1, center.get(), totals)) skips.store(true, std::memory_order_relaxed);
+        if (p.inv_std)
+            for (int64_t c = c0; c < c1; ++c) scale[c] = Affine<A>::scale(p.gamma, p.inv_std, c);
     }
 
     // --- planes ---
 
     void look_at(const Planes &g, int64_t c0, int64_t c1) {
+        if (p.keep) return look_at_kept(c0, c1);
         const auto sample = [&](int64_t n, int64_t i) { return z.at(n, c0) + i * element; };
         find_centers(c0, c1, z.sc, sample(0, g.s / 4), sample(g.n / 2, g.s / 2), sample(g.n - 1, g.s * 3 / 4));
     }
 
-    void reduce_segment(const Planes &g, int64_t c0, int64_t c1, int64_t segment, Lanes &lanes, Pair *out) {
+    void reduce_segment(const Planes &g, int64_t c0, int64_t c1, int64_t segment, Lanes &lanes, Sums *out) {
         A *const sums = lanes.clear(c1 - c0);
         const int64_t begin = segment * g.units_per_segment, end = std::min(g.units, begin + g.units_per_segment);
         for (int64_t u = begin; u < end; ++u) {
             if (u + 1 < g.units) touch(g, u + 1, c0, c1);
-            k.plane_moments(block(g, u, c0, c1), &center[c0], sums);
+            each_kept(g, u, c0, c1, [&](const Block &b, int64_t c) {
+                k.plane_moments(b, &center[c], sums + (c - c0) * Lanes::width);
+            });
         }
         for (int64_t c = c0; c < c1; ++c) {
             const Sums s = k.lane_sums(sums + (c - c0) * Lanes::width);
-            Pair total{s.a, s.b};
+            Sums total{s.a, s.b};
             if (sizeof(A) == 4 && !(s.b > 1e-25 && s.b < 1e35) && !(s.a == 0 && s.b == 0)) {  // out of range, or NaN
                 total = {};
-                for (int64_t u = begin; u < end; ++u) {
-                    const Sums wide = k.wide_moments(z.at(u / g.pieces, c) + g.start(u) * element,
-                                                     static_cast<size_t>(g.length(u)), static_cast<double>(center[c]));
-                    total += {wide.a, wide.b};
-                }
+                for (int64_t u = begin; u < end; ++u)
+                    each_kept(g, u, c, c + 1, [&](const Block &b, int64_t) {
+                        const Sums wide = k.wide_moments(b.z, b.len, static_cast<double>(center[c]));
+                        total += {wide.a, wide.b};
+                    });
             }
             out[c - c0] += total;
         }
@@ -111,25 +114,37 @@ class ForwardStep {
         };
         b.out = out;
         b.stream = streams;
-        if (apply_run && (!streams || on_vectors(out, 0, 1, element))) {
+        const Kept kept = p.keep ? p.keep->of(u) : Kept::all;
+        if (kept == Kept::none) return zero(out, b.step, c1 - c0, g.length(u) * element);
+        const bool whole = kept == Kept::all;
+        if (whole && apply_run && (!streams || on_vectors(out, 0, 1, element))) {
             b.lanes = run_lanes.get();
             return apply_run(b, coefficients(c0));
         }
-        if (!streams || on_vectors(out, b.step, c1 - c0, element)) return apply_plane(b, coefficients(c0));
+        if (whole && (!streams || on_vectors(out, b.step, c1 - c0, element))) return apply_plane(b, coefficients(c0));
         const auto map = [&](int64_t row, int64_t rows, int64_t start, int64_t len, char *to, char *) {
             apply_plane(part(b, row, rows, start, len, to), coefficients(c0 + row));
         };
-        if (g.pieces == 1) return through_scratch(k.stream, out, nullptr, c1 - c0, g.s, element, map);
-        for (int64_t c = 0; c < c1 - c0; ++c)
-            through_scratch(k.stream, out + c * y.sc, nullptr, 1, g.length(u), element,
-                            [&](int64_t, int64_t, int64_t start, int64_t len, char *to, char *none) {
-                                map(c, 1, start, len, to, none);
-                            });
+        const auto scratch = [&](const auto &write) {
+            if (g.pieces == 1) return through_scratch(write, out, nullptr, c1 - c0, g.s, element, map);
+            for (int64_t c = 0; c < c1 - c0; ++c)
+                through_scratch(write, out + c * y.sc, nullptr, 1, g.length(u), element,
+                                [&](int64_t, int64_t, int64_t start, int64_t len, char *to, char *none) {
+                                    map(c, 1, start, len, to, none);
+                                });
+        };
+        if (whole) return scratch(past_caches(k, element));
+        scratch(kept_only(k, element, streams, [&](int64_t start, int64_t) { return p.keep->plane(n, g.start(u) + start); }));
     }
 
     // --- columns ---
 
     void before_reduce(const Columns &g, Coefficients &all) {
+        if (p.keep) {
+            look_at_kept(0, g.c);
+            all.center = all.arrays(g, 3, center.get());
+            return;
+        }
         const auto sample = [&](int64_t row, int64_t i) { return z.p + row * g.z_stride * element + i * element; };
         find_centers(0, g.c, g.s * element, sample(0, g.s / 4), sample(g.rows / 2, g.s / 2),
                      sample(std::max<int64_t>(0, g.rows - 1), g.s * 3 / 4));
@@ -143,35 +158,136 @@ class ForwardStep {
     void reduce_block(const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, const Coefficients &all,
                       double *sum, double *square) {
         Block b;
-        b.z = z.p + (row * g.z_stride + j0) * element;
-        b.z_step = g.z_stride * element;
-        b.rows = static_cast<size_t>(rows);
-        b.len = static_cast<size_t>(j1 - j0);
-        k.column_moments(b, all.center + j0, sum, square);
+        const auto reduce = [&](const char *from, int64_t step, int64_t count, int64_t j, int64_t len) {
+            b.z = from;
+            b.z_step = step;
+            b.rows = static_cast<size_t>(count);
+            b.len = static_cast<size_t>(len);
+            k.column_moments(b, all.center + j, sum + (j - j0), square + (j - j0));
+        };
+        const auto at = [&](int64_t r, int64_t j) { return z.p + (r * g.z_stride + j) * element; };
+        if (!p.keep) return reduce(at(row, j0), g.z_stride * element, rows, j0, j1 - j0);
+        alignas(64) char together[rows_together * columns_together * sizeof(A)];
+        constexpr int64_t step = columns_together * sizeof(A);
+        if (g.repeated()) {  // short lines side by side: rows of kept ones
+            const size_t line_bytes = static_cast<size_t>(g.c * element);
+            return over_kept_lines(
+                *p.keep, g, row, row + rows, j1,
+                [&](int64_t r, int64_t line, int64_t slot) {
+                    memcpy(together + slot * g.c * element, at(r, line * g.c), line_bytes);
+                },
+                [&](int64_t first, int64_t count, int64_t len) {
+                    reduce(together + first * element, g.cols * element, count, 0, len);
+                });
+        }
+        over_kept_rows(
+            *p.keep, g, row, row + rows, j0, j1,
+            [&](int64_t r, int64_t count) { reduce(at(r, j0), g.z_stride * element, count, j0, j1 - j0); },
+            [&](int64_t r, int64_t j, int64_t count, int64_t slot, const uint8_t *bits) {
+                if (bits)
+                    k.keep_column(together + slot * step, at(r, j), bits, static_cast<size_t>(count), all.center + j);
+                else
+                    memcpy(together + slot * step, at(r, j), static_cast<size_t>(count * element));
+            },
+            [&](int64_t slots, int64_t j, int64_t count) { reduce(together, step, slots, j, count); });
     }
 
     void map_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
-        Block b;
-        b.z = z.p + row * g.z_stride * element;
-        b.z_step = g.z_stride * element;
-        b.step = g.cols * element;
-        char *const out = y.p + row * b.step;
-        b.saved = r ? r.p + row * b.step : nullptr;
-        b.mask = p.mask ? p.mask + row * g.mask_row() : nullptr;
-        b.mask_step = g.mask_row();
-        b.out = out;
-        b.rows = static_cast<size_t>(rows);
-        b.len = static_cast<size_t>(len);
-        b.stream = streams;
-        if (!streams || on_vectors(out, b.step, rows, element)) return apply_column(b, all.c);
-        through_scratch(k.stream, out, nullptr, rows, len, element,
+        if (!p.keep) return map_whole_rows(g, row, rows, len, all);
+        // lines of values, each kept or not: what is computed of the others is overwritten
+        const auto lines = [&](int64_t r, int64_t count) {
+            if (!streams) {
+                map_whole_rows(g, r, count, len, all);
+                p.keep->zero_lines(g, r, 0, (count - 1) * g.cols + len, y.p + r * g.cols * element, element);
+                return;
+            }
+            rows_through_scratch(
+                g, r, count, len, all, [&](char *to, char *from, int64_t first, int64_t some_rows, int64_t start, int64_t some) {
+                    p.keep->zero_lines(g, r + first, start, some_rows * some, from, element);
+                    k.stream(to, from, static_cast<size_t>(some_rows * some * element));
+                });
+        };
+        if (g.s == 1 && mixed(*p.keep, row, rows)) return lines(row, rows);
+        by_kept_rows(
+            *p.keep, row, row + rows, [&](int64_t r, int64_t count) { map_whole_rows(g, r, count, len, all); },
+            [&](int64_t r, int64_t count) {
+                if (g.s == 1) return lines(r, count);
+                for (const int64_t end = r + count; r < end; ++r) {
+                    uint8_t bits[scratch_bytes / 16 + 16];
+                    rows_through_scratch(g, r, 1, len, all, kept_only(k, element, streams, [&](int64_t start, int64_t some) {
+                                             p.keep->columns(g, r, start, some, bits);
+                                             return bits;
+                                         }));
+                }
+            },
+            [&](int64_t r, int64_t count) {
+                zero(y.p + r * g.cols * element, g.cols * element, count, len * element);
+            });
+    }
+
+  private:
+    void map_whole_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
+        const Block b = block(g, row, rows, len);
+        if (!streams || on_vectors(b.out, b.step, rows, element)) return apply_column(b, all.c);
+        rows_through_scratch(g, row, rows, len, all, past_caches(k, element));
+    }
+
+    template <class Write>
+    void rows_through_scratch(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all, Write write) {
+        const Block b = block(g, row, rows, len);
+        through_scratch(write, static_cast<char *>(b.out), nullptr, rows, len, element,
                         [&](int64_t first, int64_t count, int64_t start, int64_t some, char *to, char *) {
                             apply_column(part(b, first, count, start, some, to),
                                          {all.c.mean + start, all.c.scale + start, all.c.shift + start});
                         });
     }
 
-  private:
+    Block block(const Columns &g, int64_t row, int64_t rows, int64_t len) const {
+        Block b;
+        b.z = z.p + row * g.z_stride * element;
+        b.z_step = g.z_stride * element;
+        b.step = g.cols * element;
+        b.saved = r ? r.p + row * b.step : nullptr;
+        b.mask = p.mask ? p.mask + row * g.mask_row() : nullptr;
+        b.mask_step = g.mask_row();
+        b.out = y.p + row * b.step;
+        b.rows = static_cast<size_t>(rows);
+        b.len = static_cast<size_t>(len);
+        b.stream = streams;
+        return b;
+    }
+
+    // Calls f(block, first channel) for what a mask keeps of a unit: the unit itself, or copies in a scratch in which
+    // the center stands for what it leaves out.
+    template <class F>
+    void each_kept(const Planes &g, int64_t u, int64_t c0, int64_t c1, F f) {
+        const Block b = block(g, u, c0, c1);
+        const Kept kept = p.keep ? p.keep->of(u) : Kept::all;
+        if (kept == Kept::all) return f(b, c0);
+        if (kept == Kept::none) return;
+        alignas(64) char scratch[scratch_bytes];
+        in_pieces(c1 - c0, g.length(u), element, [&](int64_t row, int64_t rows, int64_t start, int64_t len) {
+            const uint8_t *const bits = p.keep->plane(u / g.pieces, g.start(u) + start);
+            Block some;
+            some.z_step = len * element;
+            for (int64_t i = 0; i < rows; ++i)
+                k.keep_plane(scratch + i * some.z_step, z.at(u / g.pieces, c0 + row + i) + (g.start(u) + start) * element, bits,
+                             static_cast<size_t>(len), &center[c0 + row + i]);
+            some.z = scratch;
+            some.rows = static_cast<size_t>(rows);
+            some.len = static_cast<size_t>(len);
+            f(some, c0 + row);
+        });
+    }
+
+    void look_at_kept(int64_t c0, int64_t c1) {
+        if (!p.keep->count) return std::fill(&center[c0], &center[c0] + (c1 - c0), A{0});
+        const auto sample = [&](int i) {
+            return z.at(p.keep->sample[i] / p.shape.s, c0) + p.keep->sample[i] % p.shape.s * element;
+        };
+        find_centers(c0, c1, z.sc, sample(0), sample(1), sample(2));
+    }
+
     void find_centers(int64_t c0, int64_t c1, int64_t step, const char *a, const char *b, const char *c) {
         const int64_t count = c1 - c0;
         A *const first = samples.get() + 3 * c0;

@@ -8,6 +8,8 @@
 #include "loops_forward.h"
 #include "loops_moments.h"
 #include "loops_backward.h"
+#include "loops_channels.h"
+#include "loops_keep.h"
 #include "loops_runs.h"
 
 namespace bn::BN_ISA {
@@ -41,13 +43,20 @@ void fill_activation(Kernels<typename Element<T>::Acc> &k, Activation which) {
 
 template <class T>
 void fill(Kernels<typename Element<T>::Acc> &k) {
+    using A = typename Element<T>::Acc;
     k.plane_moments = plane_moments<T>;
     k.column_moments = column_moments<T>;
     k.wide_moments = wide_moments<T>;
     k.lane_sums = lane_sums<typename Element<T>::Acc>;
     k.stream = stream_bytes;
     k.fence = fence;
+    k.keep_plane = keep<T, false>;
+    k.keep_column = keep<T, true>;
     k.gather = gather<T>;
+    k.inverse_deviations = inverse_deviations<A>;
+    k.channel_moments = channel_moments<A>;
+    k.move = move<A>;
+    k.input_constants = input_constants<A>;
     fill_activation<T, Identity>(k, Activation::identity);
     fill_activation<T, Relu>(k, Activation::relu);
     fill_activation<T, Relu6>(k, Activation::relu6);

@@ -20,7 +20,16 @@ struct BackwardCoefficients {
 };
 
 struct Sums {
-    double a, b;  // of the moments: sum (z - center), sum (z - center)^2; of the gradients: sum g, sum g * z_hat
+    double a = 0, b = 0;  // of the moments: sum (z - center), sum (z - center)^2; of the gradients: sum g, sum g * z_hat
+};
+
+constexpr int64_t channels_at_once = 64;
+
+// where the moments of some channels go; nullptr: not wanted
+template <class A>
+struct ChannelMoments {
+    double *exact_mean, *exact_m2;  // always
+    A *mean, *var, *inv_std;        // mean always
 };
 
 // Rows of `len` elements. To a plane kernel a row is (a piece of) a channel's plane, and the next row the next
@@ -63,6 +72,15 @@ struct Kernels {
     // copies with stores that go past the caches on whole aligned lines; call fence() before another thread reads
     void (*stream)(void *to, const void *from, size_t bytes);
     void (*fence)();
+    // copies in which 0 bits stand for `fill`: one for all elements, or one for each; in place too
+    void (*keep_plane)(void *to, const void *from, const uint8_t *bits, size_t len, const A *fill);
+    void (*keep_column)(void *to, const void *from, const uint8_t *bits, size_t len, const A *fill);
+    // once a channel, for some of them (moments and move: up to channels_at_once)
+    void (*inverse_deviations)(const A *var, double eps, size_t count, A *out);
+    void (*channel_moments)(const Sums *, const A *center, size_t count, double m, double eps, const ChannelMoments<A> &);
+    bool (*move)(const A *mean, const double *m2, size_t count, double divisor, double weight, bool only_finite,
+                 A *running_mean, A *running_var);
+    void (*input_constants)(const Sums *, const A *inv_std, size_t count, double m, A *k0, A *k1);
     // `count` values, `step` bytes apart, as accumulators
     void (*gather)(const void *z, ptrdiff_t step, size_t count, A *out);
 };

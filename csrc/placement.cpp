@@ -1,5 +1,7 @@
 #include "placement.h"
 
+#include <cstring>
+
 namespace bn {
 namespace {
 
@@ -66,6 +68,42 @@ bool Placement::packed(const dlpack::Tensor &t) const {
     return has_strides(t, strides);
 }
 
+bool positions(const dlpack::Tensor &mask, int axis, const Placement &at, std::vector<uint8_t> &own, const uint8_t *&out) {
+    if (mask.device.type != dlpack::cpu || mask.ndim != at.axes || !(mask.type == dlpack::boolean)) return false;
+    int64_t sizes[most_axes], steps[most_axes], number = 1;
+    int axes = 0;
+    for (int a = 0; a < at.axes; ++a) {
+        if (mask.shape[a] != 1 && (a == axis || mask.shape[a] != at.sizes[a])) return false;
+        if (a == axis) continue;
+        sizes[axes] = at.sizes[a];
+        steps[axes++] = mask.shape[a] == 1 ? 0 : mask.strides[a];
+        number *= at.sizes[a];
+    }
+    const uint8_t *from = static_cast<const uint8_t *>(mask.begin());
+    int64_t packed = 1;
+    bool ready = true;
+    for (int a = axes; a-- > 0; packed *= sizes[a]) ready &= sizes[a] == 1 || steps[a] == packed;
+    out = from;
+    if (ready || !number) return true;
+    own.resize(static_cast<size_t>(number));
+    const int last = axes - 1;
+    int64_t at_axis[most_axes] = {};
+    for (uint8_t *to = own.data(), *const end = to + number; to < end; to += sizes[last]) {
+        if (steps[last] == 0)
+            memset(to, *from, static_cast<size_t>(sizes[last]));
+        else
+            for (int64_t i = 0; i < sizes[last]; ++i) to[i] = from[i * steps[last]];
+        for (int a = last; a-- > 0;) {
+            from += steps[a];
+            if (++at_axis[a] < sizes[a]) break;
+            from -= at_axis[a] * steps[a];
+            at_axis[a] = 0;
+        }
+    }
+    out = own.data();
+    return true;
+}
+
 bool place(const dlpack::Tensor &z, int axis, Placement &out) {
     if (z.device.type != dlpack::cpu || z.ndim < 2 || z.ndim > most_axes || axis < 0 || axis >= z.ndim) return false;
     Shape &x = out.shape;
@@ -99,6 +137,7 @@ bool place(const dlpack::Tensor &z, int axis, Placement &out) {
     } else {
         return false;
     }
+    x.form = natural_form(x);
     pack(z, -1, out.strides);
     // one channel: both orders are the same memory, and the caller's own is kept
     if (innermost >= 0 && !(c == 1 && has_strides(z, out.strides))) pack(z, innermost, out.strides);

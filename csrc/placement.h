@@ -1,5 +1,7 @@
 // From the shape and strides of a tensor to one of the two layouts, and the strides of the tensors that go with it.
 #pragma once
+#include <vector>
+
 #include "dlpack.h"
 #include "geometry.h"
 
@@ -19,6 +21,10 @@ struct Placement {
 
 // False: z is none of the core's (device, type), or it must be copied first.
 bool place(const dlpack::Tensor &z, int axis, Placement &out);
+
+// A mask's values in the order of the axes other than the channel's, in its own memory or in `own`; false: it does not
+// broadcast against z, or is no tensor of booleans.
+bool positions(const dlpack::Tensor &mask, int axis, const Placement &at, std::vector<uint8_t> &own, const uint8_t *&out);
 
 bool known(dlpack::Type type, DType &out);
 dlpack::Type type_of(DType type);

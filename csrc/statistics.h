@@ -28,19 +28,30 @@ bool track(const Tracking<A> &t, int64_t c, A mean, A var, A corrected) {
     return false;
 }
 
-// `sum` and `square` are about `center`
+// of the channels [c0, c1), whose sums are about `center`; true: running statistics of one of them were spared
 template <class A>
-bool finish_channel(const ForwardProblem<A> &p, int64_t c, double center, double sum, double square) {
-    const double m = static_cast<double>(p.shape.n * p.shape.s), off = sum / m;
-    double m2 = square - sum * off;
-    if (m2 < 0) m2 = 0;  // and NaN stays NaN
-    const double var = m2 / m;
-    p.mean[c] = static_cast<A>(center + off);
-    if (p.m2) p.m2[c] = static_cast<A>(m2);
-    if (p.var) p.var[c] = static_cast<A>(var);
-    if (p.inv_std) p.inv_std[c] = static_cast<A>(1.0 / std::sqrt(var + p.eps));
-    const double divisor = m - p.tracking.correction;
-    return track(p.tracking, c, p.mean[c], static_cast<A>(var), static_cast<A>(divisor > 0 ? m2 / divisor : var));
+bool finish_channels(const ForwardProblem<A> &p, const Kernels<A> &k, int64_t c0, int64_t c1, const A *center, const Sums *sums) {
+    const double m = static_cast<double>(p.keep ? p.keep->count : p.shape.n * p.shape.s);
+    const double divisor = m > p.tracking.correction ? m - p.tracking.correction : m;
+    const auto at = [](A *v, int64_t c) { return v ? v + c : nullptr; };
+    bool skipped = false;
+    for (int64_t c = c0; c < c1; c += channels_at_once) {
+        const int64_t count = std::min(channels_at_once, c1 - c);
+        double mean[channels_at_once], m2[channels_at_once];
+        const ChannelMoments<A> out{mean, m2, p.mean + c, at(p.var, c), at(p.inv_std, c)};
+        k.channel_moments(sums + (c - c0), center + c, static_cast<size_t>(count), m, p.eps, out);
+        if (p.m2)
+            for (int64_t i = 0; i < count; ++i) p.m2[c + i] = static_cast<A>(m2[i]);
+        if (p.exact_mean) std::copy(mean, mean + count, p.exact_mean + c), std::copy(m2, m2 + count, p.exact_m2 + c);
+        const Tracking<A> &t = p.tracking;
+        if (!t.running_mean || m == 0) continue;
+        if (!t.average && k.move(p.mean + c, m2, static_cast<size_t>(count), divisor, t.momentum, t.skip_nonfinite,
+                                 t.running_mean + c, t.running_var + c))
+            continue;
+        for (int64_t i = 0; i < count; ++i)  // one by one: an average, or a channel that is not finite
+            skipped |= track(t, c + i, p.mean[c + i], static_cast<A>(m2[i] / m), static_cast<A>(m2[i] / divisor));
+    }
+    return skipped;
 }
 
 }  // namespace bn

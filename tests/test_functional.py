@@ -246,3 +246,78 @@ def test_constructor_takes_torchs_arguments_in_torchs_order():
     without = batchnorm.BatchNorm1d(4, bias=False)
     assert without.bias is None
     assert without.weight is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("vectors", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_vectors_of_any_floating_dtype_serve_beside_any_input(dtype, vectors, training):
+    """What matters is the value of a vector's elements, not how they are stored."""
+    torch.manual_seed(0)
+    z, dy = torch.randn(6, 5, 7).to(dtype), torch.randn(6, 5, 7).to(dtype)
+    gamma, beta, mean, var = (
+        t.to(vectors) for t in (torch.rand(5), torch.randn(5), torch.randn(5), torch.rand(5) + 0.5)
+    )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    results = []
+    for as_given in (True, False):
+        made = [t.clone() if as_given else t.to(wide, copy=True) for t in (gamma, beta, mean, var)]
+        leaves = [z.clone().requires_grad_(), made[0].requires_grad_(), made[1].requires_grad_()]
+        y = batch_norm(leaves[0], made[2], made[3], leaves[1], leaves[2], training)
+        with torch.no_grad():
+            assert (
+                torch.equal(
+                    batch_norm(z, made[2].clone(), made[3].clone(), leaves[1], leaves[2], training), y
+                )
+                or training
+            )
+        results.append([y, *torch.autograd.grad(y, leaves, dy), made[2], made[3]])
+    for i, (have, want) in enumerate(zip(*results, strict=True)):
+        if i in (0, 1):
+            assert torch.equal(have, want)
+        else:
+            assert have.dtype == vectors
+            off = max(torch.finfo(vectors).eps, torch.finfo(wide).eps)
+            torch.testing.assert_close(have, want.to(vectors), rtol=2 * off, atol=off)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_eval_with_a_residual_gives_the_same_bits_with_and_without_a_gradient(dtype, activation):
+    torch.manual_seed(0)
+    z, residual = torch.randn(8, 16, 9, 9).to(dtype), torch.randn(8, 16, 9, 9).to(dtype)
+    gamma, beta, mean, var = torch.rand(16), torch.randn(16), torch.randn(16), torch.rand(16) + 0.5
+    arguments = (mean, var, gamma, beta, False)
+    with torch.no_grad():
+        want = batch_norm(z, *arguments, residual=residual, activation=activation)
+    leaves = [z.clone().requires_grad_(), residual.clone().requires_grad_()]
+    have = batch_norm(leaves[0], *arguments, residual=leaves[1], activation=activation)
+    assert torch.equal(have, want)
+    dy = torch.randn(z.shape).to(dtype)
+    dz, dresidual = torch.autograd.grad(have, leaves, dy)
+    u = (z.double() - mean.view(-1, 1, 1)) * (var.view(-1, 1, 1) + 1e-5).rsqrt() * gamma.view(
+        -1, 1, 1
+    ) + beta.view(-1, 1, 1)
+    u = (u + residual.double()).requires_grad_()
+    apply = {None: lambda x: x, "relu": torch.relu, "silu": torch.nn.functional.silu}[activation]
+    (du,) = torch.autograd.grad(apply(u), u, dy.double())
+    off = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(dresidual.double(), du, rtol=off, atol=off)
+    scale = (gamma * (var + 1e-5).rsqrt()).view(-1, 1, 1)
+    torch.testing.assert_close(dz.double(), du * scale, rtol=off, atol=off)
+
+
+def test_no_momentum_in_training_is_refused_as_torch_refuses_it():
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(TypeError, match="momentum"):
+        batch_norm(torch.randn(4, 3), mean, var, training=True, momentum=None)
+    assert torch.equal(mean, torch.zeros(3))
+    assert batch_norm(torch.randn(4, 3), mean, var, momentum=None).shape == (4, 3)
+
+
+def test_eps_of_0_is_right_in_inference_and_refused_in_training():
+    z, mean, var = torch.randn(4, 3), torch.randn(3), torch.rand(3) + 0.5
+    want = torch.nn.functional.batch_norm(z, mean, var, eps=0.0)
+    torch.testing.assert_close(batch_norm(z, mean, var, eps=0.0), want)
+    with pytest.raises(batchnorm.ArgumentError, match="eps"):
+        batch_norm(z, mean, var, training=True, eps=0.0)

@@ -103,12 +103,14 @@ def _run(
     save: bool,
 ) -> tuple[Tensor, _Kept]:
     """Let the engine normalize, and move or tell the statistics."""
-    if mask is None and between is None:
-        moved = tracking if type(tracking) is Tracking else None
-        y, mean, var, inv_std, saved = engine.forward(z, norm, moved)
-        if moved is not tracking:
-            _record(tracking, values_per_channel(z.shape, norm.axis), mean, var)
-        return y, (mean, inv_std, saved, None)
+    moved = tracking if type(tracking) is Tracking else None
+    if between is None and (mask is None or (engine.fuses_masks and moved is tracking)):
+        found = engine.forward(z, norm, moved, mask)
+        if found is not None:
+            y, mean, var, inv_std, saved = found
+            if moved is not tracking:
+                _record(tracking, values_per_channel(z.shape, norm.axis), mean, var)
+            return y, (mean, inv_std, saved, None)
     y, told, moments, saved, divisor = steps.forward(engine, z, norm, mask, fallback, between, save)
     dtype = aten.vector_dtype(z)
     _record(tracking, told.count, told.mean.to(dtype), told.var().to(dtype))
@@ -160,9 +162,10 @@ class _Node(torch.autograd.Function):
             constant = ctx.constant or (ctx.count is not None and bool(ctx.count.isinf().all()))
             found = _by_torch(engine, dy, z, norm, moments, saved, mask, ctx.between, constant, need)
             return *found, *_NO_GRADIENT
-        if mask is None and ctx.between is None:
+        whole = ctx.constant or ctx.count is None
+        if ctx.between is None and whole and (mask is None or engine.fuses_masks):
             dz, sum_dy, sum_dy_zhat, dresidual = engine.backward(
-                dy, z, norm, moments, saved, not ctx.constant, need[3]
+                dy, z, norm, moments, saved, not ctx.constant, need[3], mask
             )
         else:
             dz, sum_dy, sum_dy_zhat, dresidual = steps.backward(

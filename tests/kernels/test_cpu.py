@@ -103,6 +103,80 @@ def test_parts_of_the_core_give_the_bits_of_the_fused_call() -> None:
     assert torch.equal(cpu.engine.normalize(z, norm, Moments(mean, inv_std))[0], y)
 
 
+@pytest.mark.parametrize("kind", ["positions", "samples", "lengths"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, *ROWS, (3, 7, 241, 251), (33, 171, 14, 14), (1100, 1027)], ids=str
+)
+def test_a_masked_step_is_that_of_the_kept_values_alone(
+    shape: tuple[int, ...], activation: str | None, kind: str, threads: None
+) -> None:
+    """Every path through the core, against the kept values brought together in rows; and 0 elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    z, dy, residual = (torch.randn(shape, generator=generator) for _ in range(3))
+    c, layouts = shape[1], (torch.contiguous_format, torch.channels_last)
+    gamma, beta = torch.linspace(0.5, 1.5, c), torch.linspace(-1, 1, c)
+    mask = torch.rand([shape[0], 1, *shape[2:]], generator=generator) < 0.5
+    if kind == "samples":
+        mask = mask.reshape(shape[0], -1)[:, :1].reshape([-1] + [1] * (len(shape) - 1))
+    elif kind == "lengths" and len(shape) > 2:
+        mask = torch.arange(mask[0].numel()).view(1, 1, *shape[2:]) < torch.randint(
+            0, mask[0].numel() + 1, [shape[0], 1, 1, 1], generator=generator
+        )
+    keep = mask.expand(shape)
+    for layout in layouts[: len(shape) // 2]:
+        x, g, r = (
+            torch.where(keep, t, torch.nan).contiguous(memory_format=layout) for t in (z, dy, residual)
+        )
+        norm = Norm(1, 1e-5, gamma, beta, r, activation)
+        after = norm._replace(residual=None, added=True)
+
+        def rows(t: torch.Tensor) -> torch.Tensor:
+            return t.movedim(1, -1)[mask.expand(shape[0], 1, *shape[2:]).squeeze(1)].double()
+
+        results = []
+        for count, caches in ((1, (0, 0)), (3, (4096, 32768))):
+            torch.set_num_threads(count)
+            cpu._core.pretend_cache(*caches)
+            told = cpu.engine.batch_statistics(x, 1, mask, torch.float64)
+            moments = Moments(told.mean.float(), (told.var() + 1e-5).rsqrt().float())
+            y, saved = cpu.engine.normalize(x, norm, moments, mask=mask, save=True)
+            sums = cpu.engine.backward_reduce(g, x, after, moments, saved, mask=mask, dtype=torch.float64)
+            dz, dr = cpu.engine.backward_input(g, x, after, moments, saved, sums, told.count, True, mask=mask)
+            results.append([told.count, told.mean, told.m2, y, *sums, dz, dr])
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+        kept = norm._replace(gamma=gamma.double(), beta=beta.double(), residual=rows(r))
+        want = aten.engine.batch_statistics(rows(x), 1)
+        assert torch.equal(told.count, want.count)
+        # float32 sums of up to 8192 values about a center, in 64 lanes
+        torch.testing.assert_close(told.mean, want.mean, rtol=0, atol=1e-6)
+        torch.testing.assert_close(told.m2, want.m2, rtol=2e-6, atol=0)
+        wide = Moments(*(t.double() for t in moments))
+        want_y, want_saved = aten.engine.normalize(rows(x), kept, wide, save=True)
+        torch.testing.assert_close(rows(y), want_y, rtol=1e-5, atol=2e-6)
+        # where rounding decides on which side of a kink a value lies, its channel is another one
+        kink = (
+            (rows(y) > 0) != (want_y > 0)
+            if activation == "relu"
+            else torch.zeros_like(want_y, dtype=torch.bool)
+        )
+        fine = ~kink.any(0)
+        assert int((~fine).sum()) <= 3
+        kept = kept._replace(residual=None, added=True)
+        want_sums = aten.engine.backward_reduce(rows(g), rows(x), kept, wide, want_saved)
+        for have, wanted in zip(sums, want_sums, strict=True):
+            scale = float(told.count) ** 0.5
+            torch.testing.assert_close(have[fine] / scale, wanted[fine] / scale, rtol=1e-5, atol=1e-5)
+        want_dz, want_dr = aten.engine.backward_input(
+            rows(g), rows(x), kept, wide, want_saved, want_sums, told.count, True
+        )
+        torch.testing.assert_close(rows(dz)[:, fine], want_dz[:, fine], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rows(dr)[:, fine], want_dr[:, fine], rtol=1e-4, atol=1e-5)
+        for t in (y, dz, dr):
+            assert torch.equal(t[~keep], torch.zeros_like(t[~keep]))
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_offset_data_is_no_worse_than_torch_in_its_best_layout(channels_last: bool) -> None:
     z = torch.randn(16, 8, 32, 32) + 1e6
@@ -323,10 +397,11 @@ def test_processes_that_keep_memory_share_the_limit() -> None:
     code = """
 import sys, torch
 from batchnorm.kernels import cpu
+from batchnorm.kernels.contract import Norm
 z = torch.randn(3 << 8, 1024)
 def idle():
     for _ in range(12):
-        y = [cpu._core.normalize(z, 1, z[0], z[0], -1.0, None, None, None, 0, None) for _ in range(12)]
+        y = [cpu.engine.infer(z, Norm(1, 1e-5), z[0], z[0]) for _ in range(12)]
         del y
     return cpu._core.pool_statistics()["idle_bytes"]
 alone = idle()
@@ -368,14 +443,15 @@ def test_a_fork_leaves_nothing_idle_and_no_thread_behind(small_pool: None) -> No
         """
 import os, threading, torch
 from batchnorm.kernels import cpu
+from batchnorm.kernels.contract import Norm
 z = torch.randn(3 << 8, 1024)
-cpu._core.normalize(z, 1, z[0], z[0], -1.0, None, None, None, 0, None)
+cpu.engine.infer(z, Norm(1, 1e-5), z[0], z[0])
 assert cpu._core.pool_statistics()["idle_bytes"] > 0
 tasks = lambda: len(os.listdir("/proc/self/task"))
 before = tasks()
 child = os.fork()
 if child == 0:
-    cpu._core.normalize(z, 1, z[0], z[0], -1.0, None, None, None, 0, None)
+    cpu.engine.infer(z, Norm(1, 1e-5), z[0], z[0])
     os._exit(0 if tasks() == 2 else 3)  # its own, that gives back what lies idle
 assert tasks() == before - 1 and cpu._core.pool_statistics()["idle_bytes"] == 0
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

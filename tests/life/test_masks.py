@@ -207,3 +207,67 @@ def test_masked_layers_pass_gradgradcheck():
 
     assert torch.autograd.gradcheck(run, (z, gamma))
     assert torch.autograd.gradgradcheck(run, (z, gamma))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("policy", ["error", "running"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_a_compiled_masked_step_is_the_eager_one(training, policy, activation):
+    """One graph, another count of kept values at every call; masked NaN reaches nothing."""
+    torch._dynamo.reset()
+    layers = [
+        batchnorm.BatchNorm1d(3, activation=activation, on_single_value=policy).train(training)
+        for _ in range(2)
+    ]
+    compiled = torch.compile(layers[1], backend="aot_eager", fullgraph=True)
+    for kept in (11, 5, 2):
+        mask = torch.zeros(4, 5, dtype=torch.bool)
+        mask.view(-1)[torch.randperm(20)[:kept]] = True
+        given = torch.where(mask.unsqueeze(1), torch.randn(4, 3, 5), torch.nan)
+        results = []
+        for layer in (layers[0], compiled):
+            z, residual = (given.clone().requires_grad_() for _ in range(2))
+            y = layer(z, residual, mask)
+            y.square().sum().backward()
+            results.append((y, z.grad, residual.grad))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+        for (name, one), (_, other) in zip(
+            layers[0].named_parameters(), layers[1].named_parameters(), strict=True
+        ):
+            torch.testing.assert_close(one.grad, other.grad, msg=name)
+        for one, other in zip(layers[0].buffers(), layers[1].buffers(), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu"])
+def test_masked_layers_with_a_residual_pass_gradcheck(activation):
+    """In eval too, and where the running statistics stand in for too few values."""
+    torch.manual_seed(1)
+    z, residual = (torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    gamma = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    for kept in (9, 1, 0):
+        mask = torch.zeros(4, 5, dtype=torch.bool)
+        mask.view(-1)[:kept] = True
+        for training in (True, False):
+            # channels differ, so that no value lies on a kink
+            def run(z, gamma, residual, mask=mask, training=training):
+                mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+                return batch_norm(
+                    z, mean, var, gamma, None, training, mask=mask, residual=residual, activation=activation,
+                    on_single_value="running",
+                )  # fmt: skip
+
+            assert torch.autograd.gradcheck(run, (z, gamma, residual))
+            assert torch.autograd.gradgradcheck(run, (z, gamma, residual))
+
+
+def test_a_masked_step_that_fails_moves_nothing():
+    layer = batchnorm.BatchNorm1d(3)
+    before = [b.clone() for b in layer.buffers()]
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[0, 0] = True
+    with pytest.raises(batchnorm.TooFewValuesError):
+        layer(torch.randn(4, 3, 5), None, mask)
+    for old, new in zip(before, layer.buffers(), strict=True):
+        assert torch.equal(old, new)

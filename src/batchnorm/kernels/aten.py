@@ -94,6 +94,7 @@ class AtenEngine:
     """`Engine` made of torch operations."""
 
     name = "aten"
+    fuses_masks = False
 
     def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
         """Say nothing: no quick look is made here."""
@@ -160,7 +161,9 @@ class AtenEngine:
         du, z_hat = self._derivative(dy, z, norm, moments, saved, mask)
         return self._gradients(z, du, z_hat, norm, moments, sums, count, with_residual, mask)
 
-    def forward(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> Forward:
+    def forward(
+        self, z: Tensor, norm: Norm, tracking: Tracking | None, mask: Tensor | None = None
+    ) -> Forward:
         count, mean, m2 = batch_statistics(z.to(compute_dtype(z)), norm.axis, None)
         var = m2 / count.to(m2.dtype)
         inv_std = (var + norm.eps).rsqrt()
@@ -180,6 +183,7 @@ class AtenEngine:
         saved: Tensor | None,
         training: bool,
         with_residual: bool,
+        mask: Tensor | None = None,
     ) -> Backward:
         du, z_hat = self._derivative(dy, z, norm, moments, saved, None)
         sums = self._sums(du, z_hat, norm.axis, du.dtype)

@@ -133,6 +133,8 @@ class Engine(Protocol):
     """
 
     name: str
+    fuses_masks: bool
+    """Whether `forward` and `backward` take a mask."""
 
     def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
         """Whether a training forward has nothing to find fault with, and two values a channel.
@@ -201,8 +203,13 @@ class Engine(Protocol):
         are constants.
         """
 
-    def forward(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> Forward:
-        """Normalize with z's own statistics, and move the running statistics of ``tracking``."""
+    def forward(
+        self, z: Tensor, norm: Norm, tracking: Tracking | None, mask: Tensor | None = None
+    ) -> Forward | None:
+        """Normalize with z's own statistics, and move the running statistics of ``tracking``.
+
+        None, and nothing done, where ``mask`` keeps fewer than two values.
+        """
 
     def backward(
         self,
@@ -213,5 +220,6 @@ class Engine(Protocol):
         saved: Tensor | None,
         training: bool,
         with_residual: bool,
+        mask: Tensor | None = None,
     ) -> Backward:
         """Give every gradient; ``training=False`` takes the statistics for constants."""

@@ -5,8 +5,8 @@ Importing never fails: where the core was not built `engine` is None and `absenc
 the bytes that the pool of output buffers may keep idle (0: no pool).
 
 The core looks at tensors and makes them by itself, through DLPack's table of functions. What it does not take as it
-is, such as z with a stride inside its runs, or a float64 gamma beside a float32 z, it declines with None before
-anything is written; it is then brought into plain form here, and offered once more.
+is, such as z with a stride inside its runs, it declines with None before anything is written; it is then brought into
+plain form here, and offered once more.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.contract import Backward, Engine, Forward, Moments, Norm, Statistics
 from batchnorm.population import Tracking, commit
 
+# csrc/bindings.cpp has the same number: it rises whenever what crosses the boundary changes
+_INTERFACE = 2
+
 absence: str | None = None
 _core: Any
 try:
     # by name: it may not be there, and a type checker has no stub of it before it is built
     _core = importlib.import_module("batchnorm._core")
-    if not hasattr(_core, "call_on_skip"):
+    if getattr(_core, "interface", 0) != _INTERFACE:
         raise ImportError("the core that is there was built from other sources")
     _core.use(Tensor.__dlpack_c_exchange_api__)
     _core.call_on_skip(skips.count_one)
@@ -51,20 +54,10 @@ MOST_AXES = 16
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 _REDUCTION, _INPUT_GRADIENT, _BOTH = 1, 2, 3
-# what the core understands by a negative number: z's own count; that the spread is 1 / sqrt(var + eps) already
-_OWN_COUNT = -1.0
-_INVERSE = -1.0
-
 _make = tuple.__new__
 """A named tuple from a tuple, without a look at its fields."""
 
 _pooled = True
-
-
-def _vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if v is None or (v.dtype is dtype and v.is_contiguous()):
-        return v
-    return v.detach().to(dtype).contiguous()
 
 
 def _plain(z: Tensor, axis: int) -> tuple[Tensor, tuple[int, ...]]:
@@ -88,22 +81,29 @@ def _beside(t: Tensor | None, z: Tensor, strides: tuple[int, ...]) -> Tensor | N
     return torch.empty_strided(z.shape, strides, dtype=z.dtype).copy_(t.detach())
 
 
+def _plain_norm(norm: Norm, z: Tensor, strides: tuple[int, ...]) -> Norm:
+    """Give a norm whose tensors the core takes beside this z."""
+    gamma, beta = (None if v is None else v.detach().resolve_neg() for v in (norm.gamma, norm.beta))
+    return norm._replace(gamma=gamma, beta=beta, residual=_beside(norm.residual, z, strides))
+
+
 class CpuEngine:
     """`Engine` of the C++ core."""
 
     name = "cpu"
+    fuses_masks = True
 
     def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
         """Whether a training forward has nothing to find fault with, and nothing to convert."""
         mean, var = (None, None) if tracking is None else tracking[:2]
-        return _core.takes(z, norm.axis, norm.gamma, norm.beta, norm.residual, mean, var)
+        return _core.takes(z, norm, mean, var)
 
     def batch_statistics(
         self, z: Tensor, axis: int, mask: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Statistics:
-        if mask is not None or dtype is torch.float64:
-            return aten.engine.batch_statistics(z, axis, mask, dtype)
-        count, mean, m2 = _core.statistics(z, axis) or _core.statistics(_plain(z, axis)[0], axis)
+        exact = dtype is torch.float64
+        found = _core.statistics(z, axis, mask, exact)
+        count, mean, m2 = found or _core.statistics(_plain(z, axis)[0], axis, mask, exact)
         return Statistics(aten.counted(count, z), mean, m2)
 
     def normalize(
@@ -116,29 +116,31 @@ class CpuEngine:
         out: Tensor | None = None,
         save: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if mask is not None or (save and norm.needs_saved):
-            return aten.engine.normalize(z, norm, moments, mask=mask, out=out, save=save)
-        return self._normalize(z, norm, moments.mean, moments.inv_std, _INVERSE, out), None
+        return self._normalize(z, norm, *moments, False, mask, out, save)
 
     def infer(self, z: Tensor, norm: Norm, mean: Tensor, var: Tensor, out: Tensor | None = None) -> Tensor:
-        return self._normalize(z, norm, mean, var, norm.eps, out)
+        return self._normalize(z, norm, mean, var, True, None, out, False)[0]
 
     @staticmethod
     def _normalize(
-        z: Tensor, norm: Norm, mean: Tensor, spread: Tensor, eps: float, out: Tensor | None
-    ) -> Tensor:
-        axis, _, gamma, beta, residual, activation, _ = norm
-        code = CODES[activation]
-        y = _core.normalize(z, axis, mean, spread, eps, gamma, beta, residual, code, out)
-        if y is not None:
-            return y
-        plain, strides = _plain(z, axis)
-        acc = aten.vector_dtype(z)
-        y = _core.normalize(
-            plain, axis, _vector(mean, acc), _vector(spread, acc), eps, _vector(gamma, acc),
-            _vector(beta, acc), _beside(residual, plain, strides), code, None,
-        )  # fmt: skip
-        return y if out is None else out.copy_(y)
+        z: Tensor,
+        norm: Norm,
+        mean: Tensor,
+        spread: Tensor,
+        is_var: bool,
+        mask: Tensor | None,
+        out: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        code = CODES[norm.activation]
+        found = _core.normalize(z, norm, code, mean, spread, is_var, mask, out, save)
+        if found is not None:
+            return found
+        plain, strides = _plain(z, norm.axis)
+        norm = _plain_norm(norm, plain, strides)
+        mean, spread = mean.resolve_neg(), spread.resolve_neg()
+        y, saved = _core.normalize(plain, norm, code, mean, spread, is_var, mask, None, save)
+        return y if out is None else out.copy_(y), saved
 
     def backward_reduce(
         self,
@@ -151,9 +153,10 @@ class CpuEngine:
         mask: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if mask is not None or dtype is torch.float64 or (saved is not None and saved.dtype is torch.bool):
-            return aten.engine.backward_reduce(dy, z, norm, moments, saved, mask=mask, dtype=dtype)
-        found = self._backward(_REDUCTION, dy, z, norm, moments, saved, (None, None), inf, False)
+        exact = dtype is torch.float64
+        found = self._backward(
+            _REDUCTION, dy, z, norm, moments, saved, (None, None), None, False, mask, exact
+        )
         return found[1], found[2]
 
     def backward_input(
@@ -169,31 +172,32 @@ class CpuEngine:
         *,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        if mask is not None or (saved is not None and saved.dtype is torch.bool):
-            return aten.engine.backward_input(
-                dy, z, norm, moments, saved, sums, count, with_residual, mask=mask
-            )
         values = 1.0
         if count.dim():
             sums = (sums[0] / count, sums[1] / count)  # a count for each channel goes into the sums
         else:
             values = float(count)
-        found = self._backward(_INPUT_GRADIENT, dy, z, norm, moments, saved, sums, values, with_residual)
+        found = self._backward(
+            _INPUT_GRADIENT, dy, z, norm, moments, saved, sums, values, with_residual, mask, False
+        )
         return found[0], found[3]
 
-    def forward(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> Forward:
-        axis, eps, gamma, beta, residual, activation, _ = norm
-        code = CODES[activation]
-        found = _core.forward(z, axis, gamma, beta, eps, residual, code, tracking)
+    def forward(
+        self, z: Tensor, norm: Norm, tracking: Tracking | None, mask: Tensor | None = None
+    ) -> Forward | None:
+        code = CODES[norm.activation]
+        found = _core.forward(z, norm, code, tracking, mask)
         if found is not None:
             return _make(Forward, found)
-        plain, strides = _plain(z, axis)
-        acc = aten.vector_dtype(z)
-        residual = _beside(residual, plain, strides)
-        found = _core.forward(plain, axis, _vector(gamma, acc), _vector(beta, acc), eps, residual, code, None)
-        result = Forward(*found)
+        plain, strides = _plain(z, norm.axis)
+        found = _core.forward(plain, _plain_norm(norm, plain, strides), code, None, mask)
+        if found is None:
+            return None
+        result = _make(Forward, found)
         if tracking is not None:
-            commit(tracking, z.numel() // z.shape[axis], result.mean, result.var)
+            each = z.shape[norm.axis]
+            m = (z.numel() if mask is None else int(mask.expand_as(z).sum())) // each
+            commit(tracking, m, result.mean, result.var)
         return result
 
     def backward(
@@ -205,13 +209,13 @@ class CpuEngine:
         saved: Tensor | None,
         training: bool,
         with_residual: bool,
+        mask: Tensor | None = None,
     ) -> Backward:
-        if saved is not None and saved.dtype is torch.bool:
-            return aten.engine.backward(dy, z, norm, moments, saved, training, with_residual)
-        count = _OWN_COUNT if training else inf
-        return _make(
-            Backward, self._backward(_BOTH, dy, z, norm, moments, saved, (None, None), count, with_residual)
+        count = None if training else inf
+        found = self._backward(
+            _BOTH, dy, z, norm, moments, saved, (None, None), count, with_residual, mask, False
         )
+        return _make(Backward, found)
 
     @staticmethod
     def _backward(
@@ -222,36 +226,43 @@ class CpuEngine:
         moments: Moments,
         saved: Tensor | None,
         sums: tuple[Tensor | None, Tensor | None],
-        count: float,
+        count: float | None,
         with_residual: bool,
+        mask: Tensor | None,
+        exact: bool,
     ) -> tuple[Any, ...]:
         if saved is None:
             norm.check_saved(saved)
-        axis, _, gamma, beta, _, activation, _ = norm
-        code, (mean, inv_std) = CODES[activation], moments
-        found = _core.backward(
-            parts, dy, z, axis, mean, inv_std, gamma, beta, code, saved, *sums, count, with_residual
-        )
+        code = CODES[norm.activation]
+        rest = (*moments, saved, *sums, count, with_residual, mask, exact)
+        found = _core.backward(parts, dy, z, norm, code, *rest)
         if found is not None:
             return found
-        plain, strides = _plain(z, axis)
-        acc = aten.vector_dtype(z)
+        if saved is not None and not norm.saves_residual:
+            # sides lie as the z did that they were made of: their number of axes tells how
+            z = (
+                z.movedim(norm.axis, -1).contiguous().movedim(-1, norm.axis)
+                if saved.dim() == 2
+                else z.contiguous()
+            )
+            saved = saved.contiguous()
+        plain, strides = _plain(z, norm.axis)
         if norm.saves_residual:
             saved = _beside(saved, plain, strides)
-        vectors = (_vector(v, acc) for v in (mean, inv_std, gamma, beta))
-        sums_ = (_vector(v, acc) for v in sums)
-        return _core.backward(
-            parts,
-            _beside(dy, plain, strides),
-            plain,
-            axis,
-            *vectors,
-            code,
-            saved,
-            *sums_,
-            count,
-            with_residual,
+        norm = _plain_norm(norm, plain, strides)
+        given = [v if v is None else v.detach().resolve_neg() for v in (*moments, *sums)]
+        dy = _beside(dy, plain, strides)  # type: ignore[assignment]
+        found = _core.backward(
+            parts, dy, plain, norm, code, *given[:2], saved, *given[2:], count, with_residual, mask, exact
         )
+        if found is None:
+            raise ArgumentError(
+                "backward: what the forward saved does not belong to this input.",
+                why="it holds a bit for each element, and has other sizes.",
+                mend="give the input, and what was saved with it, as they were; hooks on saved tensors may change "
+                "their strides and their place, not their shape and values.",
+            )
+        return found
 
 
 def _pool_limit(setting: str) -> int | None:

@@ -149,7 +149,9 @@ class TorchEngine(aten.AtenEngine):
     def infer(self, z: Tensor, norm: Norm, mean: Tensor, var: Tensor, out: Tensor | None = None) -> Tensor:
         return _given(z, infer(z, norm, mean, var), out)
 
-    def forward(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> Forward:
+    def forward(
+        self, z: Tensor, norm: Norm, tracking: Tracking | None, mask: Tensor | None = None
+    ) -> Forward:
         m = values_per_channel(z.shape, norm.axis)
         u, mean, unbiased = train(z, norm._replace(activation=None))
         var = unbiased * ((m - 1) / m)
@@ -167,6 +169,7 @@ class TorchEngine(aten.AtenEngine):
         saved: Tensor | None,
         training: bool,
         with_residual: bool,
+        mask: Tensor | None = None,
     ) -> Backward:
         if not z.numel():
             return super().backward(dy, z, norm, moments, saved, training, with_residual)

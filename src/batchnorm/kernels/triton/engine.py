@@ -83,6 +83,7 @@ class TritonEngine:
     """`Engine` of Triton kernels: float32, bfloat16 and float16 on a GPU, accumulated in float32."""
 
     name = "triton"
+    fuses_masks = False
 
     def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
         """Say nothing: no quick look is made here."""
@@ -269,7 +270,9 @@ class TritonEngine:
         )  # fmt: skip
         return dz, dresidual
 
-    def forward(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> Forward:
+    def forward(
+        self, z: Tensor, norm: Norm, tracking: Tracking | None, mask: Tensor | None = None
+    ) -> Forward:
         """Normalize with z's own statistics, and move the running statistics of ``tracking``."""
         plain, p = _plain(z, norm.axis)
         inside = tracking if _movable(tracking) else None
@@ -330,6 +333,7 @@ class TritonEngine:
         saved: Tensor | None,
         training: bool,
         with_residual: bool,
+        mask: Tensor | None = None,
     ) -> Backward:
         """Give every gradient; ``training=False`` takes the statistics for constants."""
         if not z.numel():
