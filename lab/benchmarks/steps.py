@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import models
+from batchnorm_lab.bench import models
 from batchnorm_lab.bench.measure import Outcome, Sample
 from batchnorm_lab.bench.results import append, provenance, rows
 from batchnorm_lab.bench.shapes import Case

@@ -61,9 +61,15 @@ def bench(
         float, typer.Option(help="Begin no case after this many seconds; go on later with --resume.")
     ] = float("inf"),
     report: Annotated[bool, typer.Option("--report", help="Time nothing; sum up the CSV.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="The GPU here, in 8 minutes; --quick: in 90 s.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="--gpu on a CPU, with tiny shapes.")] = False,
+    folder: Annotated[Path, typer.Option(help="What --gpu writes into.")] = Path("batchnorm-bench-gpu"),
     out: Annotated[Path, typer.Option(help="CSV to which rows are added.")] = Path("batchnorm-bench.csv"),
 ) -> None:
     """Time the operator against its peers, with a plain copy as the floor."""
+    if gpu:
+        _load("batchnorm_lab.bench.gpu.run").run(folder, quick, dry_run, Console())
+        return
     session = _load("batchnorm_lab.bench.session")
     budgets = session.budgets(threads)
     if not report:

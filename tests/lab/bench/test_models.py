@@ -11,7 +11,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "lab" / "benchmarks"))
 
-import models
+from batchnorm_lab.bench import models
 
 # parameters and multiply-adds at 224 x 224 with 1000 classes, as published with the papers' code
 PUBLISHED = {"resnet50": (25_557_032, 4.09e9), "mobilenet_v2": (3_504_872, 0.30e9)}
