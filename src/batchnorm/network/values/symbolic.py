@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-import operator
-import sys
 import threading
-import types
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -24,12 +21,17 @@ from torch import fx, nn
 from batchnorm.network.values.claims import answering
 from batchnorm.network.values.modules import has_hooks, is_leaf
 from batchnorm.network.values.operations import SHAPE_ONLY
+from batchnorm.network.values.proxies import ParameterProxy, Proxy, TensorProxy, claim
 from batchnorm.network.values.untouched import put_back, snapshot, untouched
 from batchnorm.network.values.values import Value, View, append_call, canonical, values_in
 
 _MOST_WAYS = 16
+
+
 # torch.fx patches nn.Module while it traces: one tool at a time, and calls of other threads pass through
 _one_at_a_time = threading.RLock()
+
+
 _CONSTANT = "<constant>"
 
 
@@ -42,53 +44,6 @@ class CannotFollow(BaseException):
 
 class _Raised(BaseException):
     """The model's own ``raise`` or ``assert`` ended this way through a branch."""
-
-
-class _Proxy(fx.Proxy):
-    """A proxy that looks up how many values are unpacked from it once for each place in the code."""
-
-    def __iter__(self) -> Iterator[Any]:
-        frame = sys._getframe(1)
-        count = _unpacked(frame.f_code, frame.f_lasti)
-        return iter([operator.getitem(self, i) for i in range(count)]) if count else self.tracer.iter(self)
-
-
-@cache
-def _unpacked(code: types.CodeType, place: int) -> int:
-    step = next((step for step in dis.get_instructions(code) if step.offset == place), None)
-    return int(step.argval) if step is not None and step.opname == "UNPACK_SEQUENCE" else 0
-
-
-class _TensorProxy(_Proxy):
-    """A proxy that stands for a tensor."""
-
-
-class _ParameterProxy(_Proxy):
-    """A parameter or buffer read by name; its shape, dtype and device are known."""
-
-    _KNOWN = frozenset(["shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"])
-    _KNOWN_METHODS = frozenset(
-        ["size", "dim", "numel", "nelement", "stride", "is_floating_point", "is_contiguous"]
-    )
-
-    def __init__(self, tracer: fx.Tracer, node: fx.Node, tensor: torch.Tensor) -> None:
-        super().__init__(node, tracer)
-        self.__dict__["tensor"] = tensor
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._KNOWN or name in self._KNOWN_METHODS:
-            return getattr(self.__dict__["tensor"], name)
-        return super().__getattr__(name)
-
-    def __len__(self) -> int:
-        return len(self.__dict__["tensor"])
-
-
-def _claim(value: Any) -> type | None:
-    kind = type(value)
-    if issubclass(kind, _ParameterProxy):
-        return nn.Parameter if isinstance(value.__dict__["tensor"], nn.Parameter) else torch.Tensor
-    return torch.Tensor if issubclass(kind, _TensorProxy) else None
 
 
 def _files(model: nn.Module) -> set[str]:
@@ -165,7 +120,7 @@ class _Tracer(fx.Tracer):
             tensor = name not in SHAPE_ONLY and any(n.meta.get("tensor") for n in node.all_input_nodes)
         node.meta["tensor"] = tensor
         node.meta["where"] = self.where[-1]
-        return _TensorProxy(node, self) if tensor else _Proxy(node, self)
+        return TensorProxy(node, self) if tensor else Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):
@@ -191,7 +146,7 @@ class _Tracer(fx.Tracer):
         if name not in self.cache:
             node = self.create_node("get_attr", name, (), {})
             node.meta["tensor"] = True
-            self.cache[name] = _ParameterProxy(self, node, attr_val)
+            self.cache[name] = ParameterProxy(self, node, attr_val)
         return self.cache[name]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -383,7 +338,7 @@ def _graphs_of(
                 tracer = _Tracer(paths, tensors, scope, ways)
                 tracer.arguments = arguments
                 try:
-                    with _one_at_a_time, untouched(scope) as kept, answering(_files(scope), _claim):
+                    with _one_at_a_time, untouched(scope) as kept, answering(_files(scope), claim):
                         graph = tracer.trace(scope)
                 except _Raised:
                     continue
