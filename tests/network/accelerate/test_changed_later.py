@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import NETWORKS, Branching, answers, assert_same, image, prepared
-from test_answers import twins
+from test_accelerated_answers import twins
 from torch import nn
 
 from batchnorm import accelerate

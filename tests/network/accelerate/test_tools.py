@@ -9,7 +9,7 @@ import networks
 import pytest
 import torch
 from networks import NETWORKS, BasicBlock, assert_same, image, prepared
-from test_answers import together, twins
+from test_accelerated_answers import together, twins
 from torch import fx, nn
 
 import batchnorm

@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 import torch.multiprocessing as mp
 from networks import NETWORKS, Branching, assert_same, image, prepared
-from test_answers import together, twins
+from test_accelerated_answers import together, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
