@@ -1,4 +1,4 @@
-"""Who takes part: torch eager, torch.compile, our engines `torch` and `triton`, apex where it is there; and a copy."""
+"""Who takes part: torch eager, torch.compile, our engines `torch` and `triton`, apex where it is; and a copy."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def errors(case: Case, device: str, dry: bool, names: tuple[str, ...] = NAMES) -
     dict
         The largest error of y, dz and d(residual), over the largest value; or why there is none.
     """
-    exact = [t.double() for t in _in_float64(case, device)]
+    exact = [t.detach() for t in _in_float64(case, device)]
     found: dict[str, float | str] = {}
     for name in names:
         try:
