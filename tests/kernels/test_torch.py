@@ -79,7 +79,10 @@ def test_a_training_step_is_one_batch_norm_and_waits_for_nothing(
     assert not forward.waits | backward.waits
     # one of them counts the channels that were skipped
     most = (
-        15 + residual + 8 * (options.get("momentum", 0.1) is None) + 2 * ("running_var_correction" in options)
+        15
+        + residual
+        + 12 * (options.get("momentum", 0.1) is None)
+        + 2 * ("running_var_correction" in options)
     )
     assert len(forward.names) <= most, forward.names
 
