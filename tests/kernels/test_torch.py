@@ -77,7 +77,6 @@ def test_a_training_step_is_one_batch_norm_and_waits_for_nothing(
     assert forward.norms == ["native_batch_norm"]
     assert backward.norms == ["native_batch_norm_backward"]
     assert not forward.waits | backward.waits
-    # one of them counts the channels that were skipped
     most = (
         15
         + residual
