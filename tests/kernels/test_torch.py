@@ -78,7 +78,7 @@ def test_a_training_step_is_one_batch_norm_and_waits_for_nothing(
     assert backward.norms == ["native_batch_norm_backward"]
     assert not forward.waits | backward.waits
     most = (
-        15
+        14
         + residual
         + 12 * (options.get("momentum", 0.1) is None)
         + 2 * ("running_var_correction" in options)
