@@ -17,7 +17,7 @@ from batchnorm.network.ranks.synchronize import desynchronize, synchronize
 try:
     from lightning.pytorch.plugins import LayerSync
 except ImportError:
-    from pytorch_lightning.plugins import LayerSync
+    from pytorch_lightning.plugins import LayerSync  # type: ignore[assignment, unused-ignore]
 
 
 class PooledBatchNorm(LayerSync):  # type: ignore[misc, unused-ignore]

@@ -68,7 +68,7 @@ def _training(
 ) -> tuple[Tensor, ...]:
     norm, engine = Norm(axis, eps, gamma, beta, residual, activation), select(z)
     if mask is None:
-        y, mean, var, inv_std, _ = engine.forward(z, norm, None)
+        y, mean, var, inv_std, _ = engine.forward(z, norm, None)  # type: ignore[misc] # None is for masks
         # an engine may lay its vectors out in one piece, which torch forbids an operator's outputs
         var, inv_std = var.clone(), inv_std.clone()
         center, divisor = _nothing(z), _nothing(z)

@@ -76,6 +76,7 @@ def commit(
     """
     running_mean, running_var = tracking.running_mean, tracking.running_var
     known = not isinstance(count, Tensor)
+    amount: Any = count
     if known and not torch.compiler.is_compiling() and count < 2:
         return
     with _no_grad():
@@ -90,10 +91,10 @@ def commit(
         if tracking.num_batches_tracked is not None:
             tracking.num_batches_tracked.add_(1 if known else enough.any())
         if tracking.correction and not unbiased:
-            m = count if known else count.to(var.dtype)
+            m = amount if known else amount.to(var.dtype)
             var = var * (m / (m - 1) if known else m / (m - 1).clamp(min=1))
         elif unbiased and not tracking.correction:
-            m = count if known else count.to(var.dtype)
+            m = amount if known else amount.to(var.dtype)
             var = var * ((m - 1) / m if known else (m - 1) / m.clamp(min=1))
         weight: float | Tensor
         if tracking.momentum is not None:

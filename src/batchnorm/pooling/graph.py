@@ -81,7 +81,7 @@ def _pooled(
     if between is None and mask is None and m != 1:
         # nobody to pool with: the bits are those of a layer that does not pool
         if m:
-            y, mean, var, inv_std, _ = engine.forward(z, norm, None)
+            y, mean, var, inv_std, _ = engine.forward(z, norm, None)  # type: ignore[misc] # None is for masks
         else:
             y, mean = torch.empty_like(z), z.new_zeros(z.shape[axis], dtype=dtype)
             var = inv_std = torch.ones_like(mean)

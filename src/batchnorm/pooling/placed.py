@@ -264,13 +264,14 @@ def _vector(vector: Any, plan: _Plan) -> Tensor | None:
     return vector.redistribute(plan.mesh, plan.vector).to_local(grad_placements=plan.gradient)
 
 
-def _slice(tensor: Any, plan: _Plan) -> Any:
+def _slice(given: Any, plan: _Plan) -> Any:
     """This rank's part of a buffer, which shares its memory."""
-    if not isinstance(tensor, Tensor):
-        return tensor
+    if not isinstance(given, Tensor):
+        return given
+    tensor: Any = given
     with torch.no_grad():
         whole = not is_placed(tensor) or all(p.is_replicate() for p in tensor.placements)
-        local = tensor.to_local() if is_placed(tensor) else tensor  # type: ignore[attr-defined]
+        local = tensor.to_local() if is_placed(tensor) else tensor
         if plan.sliced is None or not whole or not local.dim():
             return local
         start, length = _bounds(len(local), plan)
@@ -294,8 +295,8 @@ def _whole(run: Any, tracking: Any, plan: _Plan, path: str, channels: int) -> An
     group = plan.mesh.get_group(plan.sliced)
     share = -(-channels // group.size())
     if isinstance(tracking, Tracking):
-        parts: Any = (t.to_local() if is_placed(t) else t for t in tracking)
-        whole: Any = Tracking(*parts)
+        terms: Any = tracking
+        whole: Any = Tracking(*(t.to_local() if is_placed(t) else t for t in terms))
     else:
         whole = tracking
 

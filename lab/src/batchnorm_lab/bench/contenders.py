@@ -244,7 +244,7 @@ class EngineAlone(TorchContender):
         with torch.no_grad():
             if not self.training:
                 return self.engine.normalize(self.z, self.norm, self.moments)[0]
-            y, mean, _, inv_std, self.saved = self.engine.forward(self.z, self.norm, None)
+            y, mean, _, inv_std, self.saved = self.engine.forward(self.z, self.norm, None)  # type: ignore[misc]
             self.moments = Moments(mean, inv_std)
             return y
 

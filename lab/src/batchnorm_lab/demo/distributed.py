@@ -6,6 +6,7 @@ import argparse
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,8 @@ def train(data: ImageData, pooled: bool, steps: int, seed: int) -> tuple[list[fl
     if pooled:
         batchnorm.synchronize(model, "own")
     wrapped = DistributedDataParallel(model)
-    group = find(model[2].process_group[0]) if pooled else None
+    layer: Any = model[2]
+    group = find(layer.process_group[0]) if pooled else None
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
     order = torch.Generator().manual_seed(seed)
     accuracies, messages = [], []

@@ -340,10 +340,10 @@ class TritonEngine:
             return aten.engine.backward(dy, z, norm, moments, saved, training, with_residual)
         plain, p, residual, bits = _saved(z, norm, saved)
         if not p.whole:
-            sums = self.backward_reduce(dy, plain, norm, moments, saved)
-            given = sums if training else (None, None)
+            pair = self.backward_reduce(dy, plain, norm, moments, saved)
+            given = pair if training else (None, None)
             dz, dresidual = self._apply(dy, plain, norm, moments, saved, given, None, with_residual)
-            return Backward(dz, *sums, dresidual)
+            return Backward(dz, *pair, dresidual)
         dz = torch.empty_like(plain)
         dresidual = torch.empty_like(plain) if with_residual else None
         sums = torch.empty((2, p.channels), dtype=torch.float32, device=z.device)

@@ -107,7 +107,7 @@ def arguments(node: fx.Node, names: tuple[str, ...] = ()) -> dict[str, Any]:
     """
     signature = None
     if not names and node.op == "call_function":
-        signature = _signature(node.target)  # type: ignore[arg-type]
+        signature = _signature(node.target)
     if signature is not None:
         try:
             return dict(signature.bind(*node.args, **node.kwargs).arguments)

@@ -113,14 +113,17 @@ def _of_torch(node: fx.Node) -> Norm:
     return Norm(given["input"], vectors, (mean, var) if training else (), True, reason, call)
 
 
+def _no_call(*_: Any) -> Any:
+    return None, ()
+
+
 def _of_ours(node: fx.Node) -> Norm:
     """Read a step of our own operator: z, gamma, beta, residual, what else, and its options last."""
     z, gamma, beta, own_residual, *rest, options = node.args
     made = _built(options)
     if not isinstance(made, Options):
-        return Norm(
-            z, tuple(node.args), tuple(node.args), False, "its options are computed", lambda *_: (None, ())
-        )  # type: ignore[arg-type, return-value]
+        given: Any = tuple(node.args)
+        return Norm(given[0], given, given, False, "its options are computed", _no_call)
     step: Any = node.target
     training = step is train_step
     buffers = tuple(leaf for term in rest for leaf in _leaves(term))

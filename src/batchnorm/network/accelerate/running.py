@@ -139,9 +139,7 @@ class Compiled:
             options["isolate_recompiles"] = True
         context: Any = _dynamo.optimize(batchnorm, **options)
         # by default Dynamo looks at hooks when it compiles, and never again
-        context.enter_exit_hooks.append(
-            _dynamo.config._make_closure_patcher(skip_nnmodule_hook_guards=False)  # type: ignore[attr-defined]
-        )
+        context.enter_exit_hooks.append(_dynamo.config._make_closure_patcher(skip_nnmodule_hook_guards=False))
         return context(call)
 
     def _failed(self, failure: Any) -> None:
@@ -150,7 +148,7 @@ class Compiled:
 
     def is_of_whole_call(self, error: Any) -> bool:
         """Whether Dynamo failed on the call as a whole, so that nothing has run, rather than on a part of it."""
-        stack = getattr(error, "real_stack", None)
+        stack: Any = getattr(error, "real_stack", None)
         return bool(stack) and stack[0].name == f"accelerated_{self.name}"
 
     def settle(self, seconds: float) -> None:
@@ -255,7 +253,7 @@ def _looks(model: nn.Module) -> tuple[Any, ...]:
                 (k, t if t is None else (tuple(t.shape), t.dtype, t.device))
                 for table in (m._parameters, m._buffers)
                 for k, t in table.items()
-                if not isinstance(t, nn.parameter.UninitializedTensorMixin)
+                if not torch.nn.parameter.is_lazy(t)
             ),
         )
         for path, m in model.named_modules(remove_duplicate=False)

@@ -311,7 +311,7 @@ def _put(
     elif getattr(layer, "bias", None) is not None:
         detail.append("bias kept: it is parametrized")
     if zero_init_residual and all(ends_residual_branch(call) for call in verdict.calls):
-        nn.init.zeros_(norm.weight)
+        nn.init.zeros_(norm.weight)  # type: ignore[arg-type]
         detail.append("gamma 0")
     above, _, name = path.rpartition(".")
     setattr(result.get_submodule(above), name, Normalized(layer, norm))

@@ -68,7 +68,7 @@ class _NormThenChildren(Understood):
 
 
 def _remake(origin: type[nn.Module], then_children: bool) -> nn.Module:
-    made = _class_for(origin, then_children)
+    made = _class_for(origin, then_children)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -98,7 +98,7 @@ def adopt_subclass(layer: _BatchNorm) -> str:
         return f"its class {cls.__name__} is none with a forward of its own"
     reason, then_children = _understand(layer, cls)
     if not reason:
-        _take_on(layer, _class_for(cls, then_children))
+        _take_on(layer, _class_for(cls, then_children))  # type: ignore[arg-type]
     return reason
 
 
@@ -120,7 +120,7 @@ def _understand(layer: _BatchNorm, cls: type[nn.Module]) -> tuple[str, bool]:
     if key in _UNDERSTOOD:
         return "", _UNDERSTOOD[key]
     for then_children in (False, True) if layer._modules else (False,):
-        made = _class_for(cls, then_children)
+        made = _class_for(cls, then_children)  # type: ignore[arg-type]
         trials = [
             _same_on_trial(layer, made, shape, training)
             for training in (True, False)

@@ -23,7 +23,7 @@ _BEFORE = "_before_synchronize"
 
 class PooledBatchNorm(BatchNorm2d):
     __doc__ = """What a ``torch.nn.SyncBatchNorm`` becomes: of any number of axes, as that is."""
-    _dimensions: tuple[int, ...] = (2, 3, 4, 5)
+    _dimensions: tuple[int, ...] = (2, 3, 4, 5)  # type: ignore[assignment]
 
 
 class _Impossible(Exception):

@@ -28,7 +28,8 @@ class _Blender:
         self.layer, self.prior = layer, prior
         # whose statistics inference reads: the layer's own, or those of the domain in force
         self.holder: Any = (layer.population() if isinstance(layer, Layer) else None) or layer
-        self.source = (self.holder.running_mean.clone(), self.holder.running_var.clone())
+        held: Any = self.holder
+        self.source = (held.running_mean.clone(), held.running_var.clone())
         wide = [v.to(torch.float64 if v.device.type != "mps" else v.dtype) for v in self.source]
         self.mean, self.var = wide
         zeros = torch.zeros_like(self.mean)

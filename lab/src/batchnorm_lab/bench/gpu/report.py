@@ -52,8 +52,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", "| step | variant | ms | host ms | peak bytes |", "|---|---|---|---|---|"]
     for row in result["rows"]:
         for variant, reading in row.get("readings", {}).items() if "step" in row else ():
-            cells = f"{reading['milliseconds']:.2f} | {reading['host']:.2f} | {reading['peak']}"
-            lines.append(f"| {row['step']}, batch {row['batch']} | {variant} | {cells} |")
+            figures = f"{reading['milliseconds']:.2f} | {reading['host']:.2f} | {reading['peak']}"
+            lines.append(f"| {row['step']}, batch {row['batch']} | {variant} | {figures} |")
     lines += ["", "## Missing", "", *(missing or ["Nothing."])]
     late = result["not_begun_for_lack_of_time"]
     if late:

@@ -43,7 +43,8 @@ def make(name: str, variant: str, batch: int, side: int, device: str, dry: bool)
     callable
         Makes one step.
     """
-    network = _network(name, dry).to(device, memory_format=torch.channels_last)
+    network = _network(name, dry).to(device)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if "accelerated" in variant:
         accelerated = batchnorm.accelerate(copy.deepcopy(network))
         network = network if accelerated is None else accelerated
