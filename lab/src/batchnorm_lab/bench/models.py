@@ -60,6 +60,7 @@ def fused_norm_act(channels: int, activation: str | None) -> nn.Module:
 
 
 def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """Make a convolution that keeps the size of a map, without the bias that a norm makes useless."""
     padding = (kernel - 1) // 2
     return nn.Conv2d(channels_in, channels_out, kernel, stride, padding, groups=groups, bias=False)
 
