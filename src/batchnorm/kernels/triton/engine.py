@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,47 +12,12 @@ from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.contract import Backward, Forward, Moments, Norm, Statistics
 from batchnorm.kernels.triton import merges, sweeps, whole
 from batchnorm.kernels.triton.launch import launch
-from batchnorm.kernels.triton.plan import Plan, plan
-from batchnorm.layout import classify
+from batchnorm.kernels.triton.operands import beside, packed, vector
+from batchnorm.kernels.triton.plan import Plan
 from batchnorm.population import Tracking, commit
 from batchnorm.skips import counter
 
 _CHANNELS, _ENTRIES = 8, 64
-
-
-@lru_cache(maxsize=4096)
-def _planned(shape: torch.Size, stride: tuple[int, ...], axis: int, itemsize: int) -> Plan | None:
-    layout = classify(shape, stride, axis)
-    if layout.kind == "strided":
-        return None
-    return plan(layout.kind, layout.n, layout.c, layout.s, itemsize)
-
-
-def _plain(z: Tensor, axis: int) -> tuple[Tensor, Plan]:
-    """Give z packed, and how to go over it."""
-    z = z.detach().resolve_neg()
-    found = _planned(z.shape, z.stride(), axis, z.element_size())
-    if found is None:
-        z = z.contiguous()
-        found = _planned(z.shape, z.stride(), axis, z.element_size())
-    return z, found  # type: ignore[return-value]
-
-
-def _beside(t: Tensor | None, z: Tensor) -> Tensor | None:
-    """Give ``t`` in the memory order and dtype of packed ``z``."""
-    if t is None:
-        return None
-    t = t.detach()
-    if t.dtype is z.dtype and not t.is_neg():
-        same = zip(z.shape, t.stride(), z.stride(), strict=True)
-        if all(n == 1 or have == want for n, have, want in same):
-            return t
-    return torch.empty_like(z).copy_(t)
-
-
-def _vector(v: Tensor | None) -> Tensor | None:
-    """Give a vector without gaps, of any floating dtype: the kernels convert."""
-    return None if v is None else v.detach().contiguous()
 
 
 def _shape_of(p: Plan) -> tuple[int, ...]:
@@ -95,7 +59,7 @@ class TritonEngine:
         """Count, mean, and sum of squared deviations of each channel."""
         if mask is not None or not z.numel():
             return aten.engine.batch_statistics(z, axis, mask, dtype)
-        z, p = _plain(z, axis)
+        z, p = packed(z, axis)
         dtype = torch.float32 if dtype is None else dtype
         mean, m2 = torch.empty((2, p.channels), dtype=dtype, device=z.device)
         self._statistics(z, p, (mean, m2, None), 0.0, None, raw=True)
@@ -163,18 +127,18 @@ class TritonEngine:
         skips: Tensor | None = None,
         var: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        plain, p = _plain(z, norm.axis)
+        plain, p = packed(z, norm.axis)
         # into the very tensor where it lies as z does, else by way of a fresh one
         direct = out is not None and _same_memory(out, plain)
         y = out if direct else torch.empty_like(plain)
-        residual = _beside(norm.residual, plain)
+        residual = beside(norm.residual, plain)
         saved, bits = _saving(norm, residual, plain, p) if save else (None, None)
         launch(
             sweeps.normalize,
             (p.programs, p.splits),
             z.device,
             (
-                plain, residual, _vector(norm.gamma), _vector(norm.beta), _vector(mean), _vector(spread), y, bits,
+                plain, residual, vector(norm.gamma), vector(norm.beta), vector(mean), vector(spread), y, bits,
                 skips, var, norm.eps, *_shape_of(p),
             ),
             {**_constants(p), "VARIANCE": variance, "ACT": CODES[norm.activation]},
@@ -206,8 +170,8 @@ class TritonEngine:
             (p.programs, p.splits),
             z.device,
             (
-                _beside(dy, plain), plain, residual, bits, _vector(norm.gamma), _vector(norm.beta),
-                *map(_vector, moments), partial,
+                beside(dy, plain), plain, residual, bits, vector(norm.gamma), vector(norm.beta),
+                *map(vector, moments), partial,
                 *_shape_of(p), size,
             ),
             {**_constants(p), "ACT": CODES[norm.activation]},
@@ -261,8 +225,8 @@ class TritonEngine:
             (p.programs, p.splits),
             z.device,
             (
-                _beside(dy, plain), plain, residual, bits, _vector(norm.gamma), _vector(norm.beta),
-                *map(_vector, moments), *map(_vector, sums), count,
+                beside(dy, plain), plain, residual, bits, vector(norm.gamma), vector(norm.beta),
+                *map(vector, moments), *map(vector, sums), count,
                 float(p.total // p.channels), dz, dresidual, *_shape_of(p),
             ),
             {**_constants(p), "ACT": CODES[norm.activation]},
@@ -274,7 +238,7 @@ class TritonEngine:
         self, z: Tensor, norm: Norm, tracking: Tracking | None, mask: Tensor | None = None
     ) -> Forward:
         """Normalize with z's own statistics, and move the running statistics of ``tracking``."""
-        plain, p = _plain(z, norm.axis)
+        plain, p = packed(z, norm.axis)
         inside = tracking if _movable(tracking) else None
         mean, var, inv_std = torch.empty((3, p.channels), dtype=torch.float32, device=z.device)
         skips = None
@@ -301,7 +265,7 @@ class TritonEngine:
         tracking: Tracking | None,
     ) -> Forward:
         y = torch.empty_like(z)
-        residual = _beside(norm.residual, z)
+        residual = beside(norm.residual, z)
         saved, bits = _saving(norm, residual, z, p)
         values = p.total // p.channels
         running_mean, running_var, momentum, correction, average, guard = _moving(tracking, values)
@@ -315,7 +279,7 @@ class TritonEngine:
             (p.programs,),
             z.device,
             (
-                z, residual, _vector(norm.gamma), _vector(norm.beta), y, bits, *vectors, running_mean, running_var,
+                z, residual, vector(norm.gamma), vector(norm.beta), y, bits, *vectors, running_mean, running_var,
                 average, bump, norm.eps, momentum, correction, p.rows, p.columns, p.inner, p.channels,
                 float(values),
             ),
@@ -352,8 +316,8 @@ class TritonEngine:
             (p.programs,),
             z.device,
             (
-                _beside(dy, plain), plain, residual, bits, _vector(norm.gamma), _vector(norm.beta),
-                *map(_vector, moments), dz, dresidual, sums[0], sums[1], p.rows, p.columns, p.inner, p.channels,
+                beside(dy, plain), plain, residual, bits, vector(norm.gamma), vector(norm.beta),
+                *map(vector, moments), dz, dresidual, sums[0], sums[1], p.rows, p.columns, p.inner, p.channels,
                 float(p.total // p.channels),
             ),
             {**_held(p), "TRAINING": training, "ACT": CODES[norm.activation]},
@@ -385,15 +349,15 @@ def _saved(z: Tensor, norm: Norm, saved: Tensor | None) -> tuple[Tensor, Plan, T
     their shape says which order that was, and z is brought into it.
     """
     norm.check_saved(saved)
-    plain, p = _plain(z, norm.axis)
+    plain, p = packed(z, norm.axis)
     if not norm.needs_saved:
         return plain, p, None, None
     if norm.saves_residual:
-        return plain, p, _beside(saved, plain), None
+        return plain, p, beside(saved, plain), None
     if saved.shape != p.shape_of_bits:  # type: ignore[union-attr]
         by_rows = saved.dim() == 2  # type: ignore[union-attr]
         plain = z.movedim(norm.axis, -1).contiguous().movedim(-1, norm.axis) if by_rows else z.contiguous()
-        plain, p = _plain(plain, norm.axis)
+        plain, p = packed(plain, norm.axis)
     return plain, p, None, saved.contiguous()  # type: ignore[union-attr]
 
 
