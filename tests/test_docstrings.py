@@ -19,6 +19,9 @@ MODULES = [
     if not info.name.endswith(("_core", "__main__"))
     # a peer of the benchmarks that need not be installed
     and (find_spec("jax") or not info.name.endswith("jax_peer"))
+    # what stands on a package that need not be installed
+    and (find_spec("triton") or ".triton." not in info.name)
+    and (find_spec("lightning") or not info.name.endswith(".lightning"))
 ]
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import batchnorm
 
 PACKAGE = Path(batchnorm.__file__).parent
@@ -71,6 +73,7 @@ def test_a_script_of_a_user_type_checks_strictly(tmp_path):
     assert "Success" in check(tmp_path, SCRIPT)
 
 
+@pytest.mark.slow
 def test_mistakes_of_a_script_are_found(tmp_path):
     found = check(tmp_path, MISTAKES)
     assert 'expected "int"' in found

@@ -201,7 +201,7 @@ def _by_torch(
     """Give the gradients by differentiating the composite, so that they can be differentiated themselves."""
     slope, create_graph = None, torch.is_grad_enabled()
     residual = saved if norm.saves_residual else None
-    if norm.needs_saved and residual is None:
+    if norm.needs_saved and residual is None and z.numel():
         # the side of a kink is data; the residual itself has no further part
         norm.check_saved(saved)
         with torch.no_grad():

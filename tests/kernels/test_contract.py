@@ -320,6 +320,8 @@ def test_running_statistics_move_as_population_says(
     _, mean, var, _, _ = engine.forward(z, case.norm._replace(residual=None), own)
     commit(plain, z.numel() // c, mean, var)
     for have, want in zip(own[:5], plain[:5], strict=True):
+        # what is propagated ruins a statistic: whether as infinity or NaN is the arithmetic's affair
+        have, want = (t if t is None else torch.where(t.isfinite(), t, torch.nan) for t in (have, want))
         torch.testing.assert_close(have, want, equal_nan=True)
 
 

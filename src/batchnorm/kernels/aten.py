@@ -196,7 +196,8 @@ class AtenEngine:
     def _derivative(
         dy: Tensor, z: Tensor, norm: Norm, moments: Moments, saved: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        norm.check_saved(saved)
+        if z.numel():  # of no value there is nothing to save
+            norm.check_saved(saved)
         residual = saved if norm.saves_residual else None
         dy, z, residual = _hidden(mask, dy, z, residual)  # type: ignore[assignment]
         u, z_hat = pre_activation(z, norm._replace(residual=residual), moments)

@@ -231,7 +231,7 @@ class CpuEngine:
         mask: Tensor | None,
         exact: bool,
     ) -> tuple[Any, ...]:
-        if saved is None:
+        if saved is None and z.numel():  # of no value there is nothing to save
             norm.check_saved(saved)
         code = CODES[norm.activation]
         rest = (*moments, saved, *sums, count, with_residual, mask, exact)
