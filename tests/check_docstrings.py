@@ -31,6 +31,7 @@ PUBLIC = (
 # An extended summary (ES01), a "See Also" (SA01) and an example (EX01) for every last function; the summary
 # on the second line (GL01), on one line (SS06); names for several returned values in one row (RT02) and
 # descriptions that begin with a symbol of a formula (RT04, PR08). The errors inherit what they take.
+BESIDE = {".jax_peer.": "jax", ".triton.": "triton", ".lightning.": "lightning"}
 LEFT_OUT = {"ES01", "SA01", "EX01", "GL01", "SS06", "RT02", "RT04", "PR08"}
 
 
@@ -61,10 +62,10 @@ def without_summary() -> Iterator[str]:
     """Modules, and public names in them, that do not say what they are."""
     walks = (pkgutil.walk_packages(p.__path__, f"{p.__name__}.") for p in (batchnorm, batchnorm_lab))
     for info in itertools.chain(*walks):
-        if info.name.endswith(("._core", "__main__", ".jax_peer")) and not (
-            info.name.endswith(".jax_peer") and find_spec("jax")
-        ):
-            continue  # compiled; or beside a peer that is not installed
+        if info.name.endswith(("._core", "__main__")):
+            continue  # compiled, or run when imported
+        if any(part in f"{info.name}." and not find_spec(need) for part, need in BESIDE.items()):
+            continue  # beside a package that need not be installed
         module = importlib.import_module(info.name)
         if not module.__doc__:
             yield info.name
