@@ -24,7 +24,9 @@ _HERE = Path(__file__).parent
 _context = multiprocessing.get_context("forkserver")
 # the server looks for modules where the environment says; what it has imported no process imports again
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_HERE), os.environ.get("PYTHONPATH"))))
-_context.set_forkserver_preload(["ranks", *sorted(file.stem for file in _HERE.glob("test_*.py"))])
+_context.set_forkserver_preload(
+    ["torch._dynamo", "ranks", *sorted(file.stem for file in _HERE.glob("test_*.py"))]
+)
 
 
 @dataclass
