@@ -1,12 +1,13 @@
 # Two commands do all the set-up: `make demo` and `make test`.
 PYTHON ?= python3
 VENV := .venv
+DOCS_NEEDS := furo myst-parser numpydoc sphinx sphinx-copybutton
 BIN := $(VENV)/bin
 # one thread a test process: the processes are the parallelism
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 WORKERS ?= 2
 
-.PHONY: demo demo-distributed test test-all tiny lint bench sanitize studies clean
+.PHONY: demo demo-distributed test test-all tiny lint docs bench sanitize studies clean
 
 $(VENV)/.installed: pyproject.toml lab/pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +40,10 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 	$(BIN)/python tests/check_docstrings.py
 	$(BIN)/python tests/check_sizes.py
+
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt $(DOCS_NEEDS)
+	$(BIN)/python -m sphinx -b html -W --keep-going docs docs/_build/html
 
 bench: $(VENV)/.installed
 	$(BIN)/batchnorm bench

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 import pytest
-from pages import PAGES, ROOT, name_of
+from pages import DOCS, PAGES, ROOT, links, name_of
 
 from batchnorm.cli import app
 
@@ -18,15 +19,19 @@ def test_the_example_of_the_readme_has_fifteen_lines():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for target in links(page):
+        if not target.startswith(("http", "#")):
+            path = unquote(target.partition("#")[0])
+            assert (page.parent / path).exists(), target
 
 
-def test_every_page_of_the_documentation_is_in_its_index():
-    index = (ROOT / "docs/index.md").read_text()
-    missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md"]
-    assert [name for name in missing if f"({name})" not in index] == []
+def test_every_page_of_the_documentation_is_in_the_navigation():
+    listed = {(DOCS / "index.md").resolve()}
+    for page in DOCS.rglob("index.md"):
+        for tree in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.DOTALL):
+            names = [line for line in tree.splitlines() if line and not line.startswith(":")]
+            listed |= {(page.parent / f"{name}.md").resolve() for name in names}
+    assert {page.resolve() for page in PAGES if DOCS in page.parents} == listed
 
 
 def test_every_command_that_is_named_is_there():

@@ -59,3 +59,14 @@ def run(page: Path) -> dict[str, object]:
             source = "\n" * block.line + block.code
             exec(compile(source, name_of(page), "exec"), space)
     return space
+
+
+def links(page: Path) -> list[str]:
+    """Targets of links and images in the prose of a page, without what stands in code."""
+    found = []
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
+        for part in token.children or []:
+            target = part.attrs.get("href") or part.attrs.get("src")
+            if target:
+                found.append(str(target))
+    return found

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchnorm_lab.mission import explain
+
 if TYPE_CHECKING:
     from batchnorm_lab.studies.contract import Answer
     from batchnorm_lab.studies.runner import Outcome
@@ -154,6 +156,7 @@ def _provenance(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "data": ", ".join(sorted({f"{r['data']['name']} ({r['data']['sample']})" for r in records})),
         "level": ", ".join(sorted({outcome.level for outcome in outcomes})),
         "minutes": round(sum(_seconds(outcome) for outcome in outcomes) / 60, 1),
+        "numbers": explain({claim for outcome in outcomes for claim in outcome.study.claims}),
         "verdicts": {
             verdict: sum(f.verdict == verdict for o in outcomes for f in o.answer.findings)
             for verdict in ("borne out", "not borne out", "undecided")
