@@ -86,7 +86,7 @@ class VerificationError(BatchNormError, RuntimeError):
 
 
 class DataError(BatchNormError, ValueError):
-    """A data set, loader or file is empty or cannot be read."""
+    """A data set, loader or file is empty or cannot be read, or a file cannot be written."""
 
 
 class PoolingError(BatchNormError, RuntimeError):

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from batchnorm.cli.outputs import check_file, check_folder
+
 
 def _load(module: str) -> ModuleType:
     try:
@@ -68,11 +70,13 @@ def bench(
 ) -> None:
     """Time the operator against its peers, with a plain copy as the floor."""
     if gpu:
+        check_folder(folder)
         _load("batchnorm_lab.bench.gpu.run").run(folder, quick, dry_run, Console())
         return
     session = _load("batchnorm_lab.bench.session")
     budgets = session.budgets(threads)
     if not report:
+        check_file(out)
         order = session.plan(
             path=out,
             sets=sets,
@@ -96,7 +100,8 @@ def bench(
 
 
 def study(
-    names: Annotated[list[str], typer.Argument(help="Names of studies, or all.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Names of studies, or all.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Name the studies, and run none.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Seconds; to see that it works.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Long.")] = False,
     data: Annotated[
@@ -108,8 +113,15 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder of records and figures.")] = Path("batchnorm-study"),
 ) -> None:
     """Measure what is claimed of batch normalization, one question at a time."""
+    studies = _load("batchnorm_lab.studies")
+    if listed:
+        for each in map(studies.get_study, studies.STUDIES):
+            typer.echo(f"{each.name:26} {', '.join(each.claims):12} {each.question}")
+        return
+    if not names:
+        raise typer.BadParameter("name a study, or all; batchnorm study --list shows them.")
     name, folder = data or ("digits", None)
-    _load("batchnorm_lab.studies").run_studies(
+    studies.run_studies(
         names,
         quick=quick,
         full=full,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from importlib import metadata
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -22,10 +24,15 @@ LABORATORY = {
 """Commands of the package ``batchnorm-lab``, which say how to get it where it is missing."""
 
 
-def info() -> None:
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
+) -> None:
     """Print versions, engines and threads."""
     from batchnorm.info import sections
 
+    if as_json:
+        typer.echo(json.dumps({title: dict(lines) for title, lines in sections().items()}, indent=2))
+        return
     drawn = Table("", "", title="batchnorm", show_header=False)
     for title, lines in sections().items():
         drawn.add_section()
@@ -33,6 +40,20 @@ def info() -> None:
         for name, value in lines:
             drawn.add_row(f"  {name}", value)
     Console().print(drawn)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"batchnorm {metadata.version('batchnorm')}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command line itself."""
 
 
 def build() -> typer.Typer:
@@ -47,9 +68,10 @@ def build() -> typer.Typer:
         name="batchnorm",
         help="Batch normalization for PyTorch: demo, studies, benchmarks, and networks changed by tools.",
         no_args_is_help=True,
-        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_show_locals=False,
     )
+    app.callback(help=app.info.help)(_options)
     added = {point.name: point for point in metadata.entry_points(group=GROUP)}
     for name in sorted({*LABORATORY, *added}):
         if name in added:
@@ -76,9 +98,13 @@ def _say_how_to_get(app: typer.Typer, name: str) -> None:
 
 
 def run() -> None:
-    """Run the command line; an error of ours is printed without a traceback."""
+    """Run the command line; an error of ours, or of the system's files, is printed without a traceback."""
     try:
-        build()()
+        build()(prog_name="batchnorm")
     except BatchNormError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"{where}{error.strerror or error}", err=True)
         raise SystemExit(2) from None

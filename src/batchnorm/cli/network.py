@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 _SOURCE = "module:factory, which is imported and called, or an exported program (.pt2)."
-_OUT = "A program where the name ends in .pt2, else a state dict."
+_OUT = "A program where the name ends in .pt2, ONNX for .onnx, else a state dict."
 _WEIGHTS = "State dict for the factory's network; nothing but tensors is read from it."
 _SHAPE = "Shape of one input, with commas: 1,3,224,224."
 
@@ -48,14 +48,22 @@ def insert(
 def _change(tool: str, source: str, out: Path, weights: Path | None, shape: str) -> None:
     # imported here: --help is not to wait for torch
     import batchnorm
+    from batchnorm.cli.outputs import check_file, whole
     from batchnorm.errors import ArgumentError
-    from batchnorm.network.exported import open_network, save_network
+    from batchnorm.network.exported import open_network
+    from batchnorm.network.saved import check_kind, save_network
 
     try:
         sizes = tuple(int(n) for n in shape.split(",")) if shape else ()
     except ValueError:
         raise ArgumentError(f"--shape {shape!r} is no list of numbers.", mend="e.g. 1,3,224,224.") from None
+    if any(size < 1 for size in sizes):
+        raise ArgumentError(f"--shape {shape!r} has a size below 1.", mend="e.g. 1,3,224,224.")
+    check_kind(out)
+    check_file(out)
     opened = open_network(source, weights=weights, shape=sizes)
     changed = getattr(batchnorm, tool)(opened.model, opened.example)
     typer.echo(batchnorm.record(changed))
-    typer.echo(save_network(opened, changed, out))
+    with whole(out) as part:
+        what = save_network(opened, changed, part)
+    typer.echo(f"{out}: {what}")

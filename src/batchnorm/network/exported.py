@@ -1,4 +1,4 @@
-"""Networks in files: an exported program as a network of modules, and back; no code of a file is run."""
+"""Networks in files, opened: an exported program as a network of modules; no code of a file is run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.errors import ArgumentError, DataError
-from batchnorm.network.inputs import call_with, copied, guesses
-from batchnorm.network.layers.convert import convert
 
 _PT2 = ".pt2"
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -90,52 +89,11 @@ def open_network(source: str, *, weights: Path | None = None, shape: tuple[int, 
         state = _read(weights)
         try:
             model.load_state_dict(state)
-        except RuntimeError as error:
-            raise DataError(f"{weights}: {error}") from error
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise DataError(f"{weights} does not fit the network of {source}: {error}") from error
     if shape:
         return Opened(model, (torch.randn(shape),))
     return Opened(model)
-
-
-def save_network(opened: Opened, model: nn.Module, path: Path) -> str:
-    """Write a changed network: a program in eval mode where the name ends in ``.pt2``, else a state dict.
-
-    Parameters
-    ----------
-    opened : Opened
-        What it was made from.
-    model : Module
-        The changed network.
-    path : Path
-        Where to.
-
-    Returns
-    -------
-    str
-        What was written, for the reader.
-
-    Raises
-    ------
-    ArgumentError
-        A program is asked for, and no input of the network is known.
-    """
-    if path.suffix != _PT2:
-        torch.save(model.state_dict(), path)
-        return f"{path}: state dict"
-    args, kwargs = opened.args, opened.kwargs or {}
-    if not args and not kwargs:
-        made = _made_up(model)
-        if made is None:
-            raise ArgumentError(
-                "a program can be written only with an input of the network, and none is known.",
-                mend="--shape 1,3,224,224, or another name than .pt2 for a state dict.",
-            )
-        args, kwargs = ((), dict(made)) if isinstance(made, dict) else ((made,), {})
-    # with torch's own norms, so that whoever loads the program needs nothing else
-    plain = convert(copied(model), "torch").eval()
-    program = torch.export.export(plain, args, kwargs, dynamic_shapes=opened.dynamic)
-    torch.export.save(program, path)
-    return f"{path}: exported program"
 
 
 def raised(program: torch.export.ExportedProgram) -> fx.GraphModule:
@@ -170,16 +128,8 @@ def raised(program: torch.export.ExportedProgram) -> fx.GraphModule:
     return network
 
 
-def _made_up(model: nn.Module) -> Any:
-    """An input that a network in eval mode accepts; None where none is found."""
-    for guess in guesses(model):
-        with contextlib.suppress(Exception), torch.no_grad():
-            call_with(model.eval(), guess)
-            return guess
-    return None
-
-
 def _open_program(path: Path) -> Opened:
+    _there(path)
     with _no_code():
         try:
             program = torch.export.load(path)
@@ -324,23 +274,72 @@ def _made(source: str) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(importlib.import_module(home), factory)()
+        function = getattr(importlib.import_module(home), factory)
     except (ImportError, AttributeError) as error:
         raise ArgumentError(f"{source!r} cannot be imported: {error}") from error
+    except Exception as error:
+        raise _theirs(f"importing {home}", error) from error
+    if not callable(function):
+        raise ArgumentError(
+            f"{source!r} is a {type(function).__name__}, and nothing that can be called.",
+            mend="name a function or class that makes the network.",
+        )
+    needed = _needed(function)
+    if needed:
+        raise ArgumentError(
+            f"{source!r} needs arguments: {', '.join(needed)}.",
+            why="a factory is called without any.",
+            mend=f"write a function without arguments that calls {factory} with them, and name that.",
+        )
+    try:
+        made = function()
+    except Exception as error:
+        raise _theirs(source, error) from error
     if not isinstance(made, nn.Module):
         raise ArgumentError(f"{source!r} makes a {type(made).__name__}, and no torch.nn.Module.")
     return made
 
 
-def _read(path: Path) -> Any:
+def _needed(function: Any) -> list[str]:
+    """Names of the parameters without which a function cannot be called."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C: it will say so itself
+        return []
+    return [
+        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+
+
+def _theirs(what: str, error: Exception) -> ArgumentError:
+    """An error of the user's own code, with the line it was raised at."""
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return ArgumentError(f"{what} raised {type(error).__name__}: {error}", at=at)
+
+
+def _there(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} is {'a folder' if path.is_dir() else 'not there'}.", mend="check the name.")
+
+
+def _read(path: Path) -> Any:
+    _there(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DataError(
             f"{path}: no state dict that can be read without running code from it.",
             why=str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
             mend="save model.state_dict() rather than the model.",
         ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise DataError(
+            f"{path} holds a {type(state).__name__}, and no state dict.",
+            why="a state dict maps names to tensors.",
+            mend="torch.save(model.state_dict(), path).",
+        )
+    return state
 
 
 @contextlib.contextmanager

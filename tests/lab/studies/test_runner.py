@@ -155,5 +155,5 @@ def test_a_request_that_makes_no_sense_is_refused_before_anything_is_made(tmp_pa
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(DataError, match="can't be made"):
+    with pytest.raises(DataError, match="cannot be written"):
         run(out=tmp_path / "out")

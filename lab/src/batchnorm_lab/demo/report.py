@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 import batchnorm
+from batchnorm.cli.outputs import write_text
 from batchnorm_lab.demo import figures
 from batchnorm_lab.demo.measure import Story
 
@@ -75,8 +76,8 @@ def write(story: Story, folder: Path, seconds: float, *, figures_apart: bool = F
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     if figures_apart:
         for name, text in drawn.items():
-            (folder / f"{name}.svg").write_text(text, encoding="utf-8")
+            write_text(folder / f"{name}.svg", text)
     return path

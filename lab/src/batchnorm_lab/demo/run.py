@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from batchnorm.cli.outputs import check_folder
 from batchnorm_lab.data import load
 from batchnorm_lab.demo import report
 from batchnorm_lab.demo.measure import STEPS, Story, measure
@@ -59,6 +60,7 @@ def run(
         Of the report.
     """
     console = console or Console()
+    check_folder(folder)
     started = time.perf_counter()
     data = load("digits").standardized()
     with Progress(

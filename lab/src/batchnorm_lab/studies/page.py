@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchnorm.cli.outputs import write_text
 from batchnorm_lab.mission import explain
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _render(template: str, outcomes: Sequence[Outcome], path: Path) -> Path:
     html = template.endswith(".html.j2")
     parts = [_part(outcome, path.parent, html) for outcome in outcomes]
     text = environment.get_template(template).render(studies=parts, run=_provenance(outcomes))
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from batchnorm.cli.outputs import check_file, check_folder
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm_lab.data import ImageData, load
 from batchnorm_lab.studies import figures, page
@@ -121,7 +122,11 @@ def run_studies(
     images = load(data, data_dir)
     images = images.subset(test=TEST_IMAGES[level])
     console = console or Console()
-    folder = _folder(out)
+    folder = Path(out)
+    check_folder(folder)
+    for report_file in (html, markdown):
+        if report_file is not None:
+            check_file(Path(report_file))
     outcomes = []
     with _progress(console) as progress:
         whole = progress.add_task("all studies", total=len(studies), visible=len(studies) > 1)
@@ -200,19 +205,6 @@ def _say(console: Console, outcome: Outcome) -> None:
         text = escape(f"{finding.text} ({finding.claim})" if finding.claim else finding.text)
         console.print(f"  {escape(finding.statement)}: {outcome_text}{text}", highlight=False)
     console.print(f"  {escape(page.remarks(outcome.answer))}", highlight=False)
-
-
-def _folder(out: str | Path) -> Path:
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"the folder {folder} can't be made: {error}.",
-            why="records and figures go there.",
-            mend="name another folder.",
-        ) from error
-    return folder
 
 
 def _progress(console: Console) -> Progress:
