@@ -14,28 +14,8 @@ Two layouts have names, because two loops over memory serve them all::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
-from typing import Literal, NamedTuple
 
 from batchnorm.errors import ShapeError
-
-
-class Layout(NamedTuple):
-    """How a tensor's values lie in memory, seen by channel.
-
-    Parameters
-    ----------
-    kind : {"NCS", "RC", "strided"}
-        ``n`` blocks of ``c`` runs of ``s`` neighbours; ``n`` rows of ``c`` neighbours (``s == 1``); or
-        neither, so that it must be copied first.
-    n, c, s : int
-        Blocks or rows, channels, and neighbours of one channel.
-    """
-
-    kind: Literal["NCS", "RC", "strided"]
-    n: int
-    c: int
-    s: int
 
 
 def channel_axis(ndim: int, channel_dim: int) -> int:
@@ -114,39 +94,3 @@ def vector_shape(ndim: int, axis: int) -> list[int]:
     shape = [1] * ndim
     shape[axis] = -1
     return shape
-
-
-def classify(shape: Sequence[int], stride: Sequence[int], axis: int) -> Layout:
-    """Tell which of the two memory layouts a tensor has.
-
-    Parameters
-    ----------
-    shape, stride : sequence of int
-        Shape and strides (in elements) of the tensor.
-    axis : int
-        The channel axis, non-negative.
-
-    Returns
-    -------
-    Layout
-        ``"RC"`` is preferred where both fit.
-    """
-    c = shape[axis]
-    before, after = prod(shape[:axis]), prod(shape[axis + 1 :])
-
-    def packed(order: Sequence[int]) -> bool:
-        # axes of length 1 have no say; an empty tensor is packed in every order
-        expected = 1
-        for a in reversed(order):
-            if shape[a] != 1:
-                if stride[a] != expected:
-                    return False
-                expected *= shape[a]
-        return True
-
-    others = [a for a in range(len(shape)) if a != axis]
-    if before * after * c == 0 or packed([*others, axis]):
-        return Layout("RC", before * after, c, 1)
-    if packed(list(range(len(shape)))):
-        return Layout("NCS", before, c, after)
-    return Layout("strided", before, c, after)

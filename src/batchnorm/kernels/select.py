@@ -50,7 +50,7 @@ def _refusal(engine: Engine, z: Tensor) -> str:
     if engine.name != "cpu":
         return ""
     if not z.is_cpu:
-        return f"it serves the CPU, not {z.device.type!r}"
+        return f"the C++ core serves the CPU, not {z.device.type!r}"
     if z.dtype not in cpu.DTYPES:
         return f"the C++ core does not know {z.dtype}"
     if z.dim() > cpu.MOST_AXES:

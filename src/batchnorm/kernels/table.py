@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.contract import Norm
-from batchnorm.layout import classify
+from batchnorm.kernels.triton.plan import kind_of
 
 WINS = 1.03
 """How many times as fast as torch's a row must be: less is within what repeated runs differ by."""
@@ -31,7 +31,7 @@ class Key(NamedTuple):
     dtype : str
         Without ``torch.``.
     layout : str
-        ``RC`` or ``NCS``, of `batchnorm.layout.Layout`.
+        ``RC`` or ``NCS``, of `batchnorm.layout`; or ``strided``.
     form : str
         ``bn``, ``bn_act``, ``bn_add`` or ``bn_add_act``.
     size : int
@@ -100,7 +100,7 @@ def key_of(z: Tensor, norm: Norm, device: str | None = None) -> Key:
     return Key(
         device or architecture(z.device.index or 0),
         str(z.dtype).removeprefix("torch."),
-        classify(z.shape, z.stride(), norm.axis).kind,
+        kind_of(z, norm.axis) or "strided",
         form_of(norm),
         (z.numel() * z.element_size()).bit_length() - 1,
     )

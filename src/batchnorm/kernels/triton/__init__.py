@@ -12,8 +12,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from batchnorm.kernels.contract import Engine
+from batchnorm.kernels.contract import Engine, Norm
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -65,4 +66,23 @@ def refusal(z: Tensor) -> str:
         return f"its kernels do not know {z.dtype}"
     if not z.is_cuda and not (z.is_cpu and interpreted()):
         return f"its kernels run on CUDA and ROCm devices, not on {z.device.type!r}"
-    return load()[1]
+    return _fault(z.device)
+
+
+@cache
+def _fault(device: torch.device) -> str:
+    """Say why kernels do not run on a device; empty where the smallest of them did.
+
+    A compiler that is missing, or too old for the GPU, shows only when something is compiled.
+    """
+    engine, reason = load()
+    if engine is None:
+        return reason
+    try:
+        # whatever watches or fakes the caller's tensors must not meet this one
+        with _disable_current_modes(), torch.no_grad():
+            one = torch.ones((1, 1), device=device)
+            engine.infer(one, Norm(1, 1.0), one[0], one[0])
+    except Exception as error:
+        return f"triton is installed and cannot be used ({type(error).__name__}: {error})"
+    return ""

@@ -43,6 +43,22 @@ def _merging(p: Plan) -> tuple[tuple[int], dict[str, Any]]:
     return (-(-p.channels // _CHANNELS),), {"PARTS": p.parts, "BC": _CHANNELS, "BE": _ENTRIES}
 
 
+def _sweep(kernel: Any, z: Tensor, p: Plan, arguments: tuple, **constants: Any) -> None:
+    """Launch a kernel that goes over z in tiles."""
+    launch(kernel, (p.programs, p.splits), z.device, arguments, {**_constants(p), **constants}, p.warps)
+
+
+def _hold(kernel: Any, z: Tensor, p: Plan, arguments: tuple, **constants: Any) -> None:
+    """Launch a kernel whose programs hold all values of their channels."""
+    launch(kernel, (p.programs,), z.device, arguments, {**_held(p), **constants}, p.warps)
+
+
+def _merge(kernel: Any, z: Tensor, p: Plan, arguments: tuple, **constants: Any) -> None:
+    """Launch a kernel that merges what the programs of a sweep found."""
+    grid, fixed = _merging(p)
+    launch(kernel, grid, z.device, arguments, {**fixed, **constants}, 4)
+
+
 class TritonEngine:
     """`Engine` of Triton kernels: float32, bfloat16 and float16 on a GPU, accumulated in float32."""
 
@@ -77,22 +93,13 @@ class TritonEngine:
         partial = torch.empty(3 * p.splits * p.width, dtype=torch.float32, device=z.device)
         size, values = p.splits * p.width, p.total // p.channels
         tracked = None if tracking is None else tracking.num_batches_tracked
-        arguments = (z, partial, tracked, *_shape_of(p), size)
-        launch(sweeps.statistics, (p.programs, p.splits), z.device, arguments, _constants(p), p.warps)
+        _sweep(sweeps.statistics, z, p, (z, partial, tracked, *_shape_of(p), size))
         running_mean, running_var, momentum, correction, average, guard = _moving(tracking, values)
-        grid, constants = _merging(p)
-        launch(
-            merges.merge_statistics,
-            grid,
-            z.device,
-            (
-                z, partial, *vectors, running_mean, running_var, average, eps, momentum, correction,
-                p.rows, p.columns, p.inner, p.channels, p.parts_inner, p.splits * p.parts, p.width, size,
-                float(values),
-            ),
-            {**constants, "GUARD": guard, "RAW": raw},
-            4,
+        arguments = (
+            z, partial, *vectors, running_mean, running_var, average, eps, momentum, correction, p.rows, p.columns,
+            p.inner, p.channels, p.parts_inner, p.splits * p.parts, p.width, size, float(values),
         )  # fmt: skip
+        _merge(merges.merge_statistics, z, p, arguments, GUARD=guard, RAW=raw)
 
     def normalize(
         self,
@@ -133,17 +140,11 @@ class TritonEngine:
         y = out if direct else torch.empty_like(plain)
         residual = beside(norm.residual, plain)
         saved, bits = _saving(norm, residual, plain, p) if save else (None, None)
-        launch(
-            sweeps.normalize,
-            (p.programs, p.splits),
-            z.device,
-            (
-                plain, residual, vector(norm.gamma), vector(norm.beta), vector(mean), vector(spread), y, bits,
-                skips, var, norm.eps, *_shape_of(p),
-            ),
-            {**_constants(p), "VARIANCE": variance, "ACT": CODES[norm.activation]},
-            p.warps,
+        arguments = (
+            plain, residual, vector(norm.gamma), vector(norm.beta), vector(mean), vector(spread), y, bits, skips,
+            var, norm.eps, *_shape_of(p),
         )  # fmt: skip
+        _sweep(sweeps.normalize, z, p, arguments, VARIANCE=variance, ACT=CODES[norm.activation])
         if out is not None and not direct:
             return out.copy_(y), saved  # type: ignore[arg-type]
         return y, saved  # type: ignore[return-value]
@@ -165,22 +166,14 @@ class TritonEngine:
         plain, p, residual, bits = _saved(z, norm, saved)
         size = p.splits * p.width
         partial = torch.empty(2 * size, dtype=torch.float32, device=z.device)
-        launch(
-            sweeps.reduce,
-            (p.programs, p.splits),
-            z.device,
-            (
-                beside(dy, plain), plain, residual, bits, vector(norm.gamma), vector(norm.beta),
-                *map(vector, moments), partial,
-                *_shape_of(p), size,
-            ),
-            {**_constants(p), "ACT": CODES[norm.activation]},
-            p.warps,
+        arguments: tuple[Any, ...] = (
+            beside(dy, plain), plain, residual, bits, vector(norm.gamma), vector(norm.beta), *map(vector, moments),
+            partial, *_shape_of(p), size,
         )  # fmt: skip
+        _sweep(sweeps.reduce, z, p, arguments, ACT=CODES[norm.activation])
         sums = torch.empty((2, p.channels), dtype=dtype or torch.float32, device=z.device)
-        grid, constants = _merging(p)
         arguments = (partial, sums[0], sums[1], p.channels, p.parts_inner, p.splits * p.parts, p.width, size)
-        launch(merges.merge_sums, grid, z.device, arguments, constants, 4)
+        _merge(merges.merge_sums, z, p, arguments)
         return sums[0], sums[1]
 
     def backward_input(
@@ -220,18 +213,11 @@ class TritonEngine:
         plain, p, residual, bits = _saved(z, norm, saved)
         dz = torch.empty_like(plain)
         dresidual = torch.empty_like(plain) if with_residual else None
-        launch(
-            sweeps.apply,
-            (p.programs, p.splits),
-            z.device,
-            (
-                beside(dy, plain), plain, residual, bits, vector(norm.gamma), vector(norm.beta),
-                *map(vector, moments), *map(vector, sums), count,
-                float(p.total // p.channels), dz, dresidual, *_shape_of(p),
-            ),
-            {**_constants(p), "ACT": CODES[norm.activation]},
-            p.warps,
+        arguments = (
+            beside(dy, plain), plain, residual, bits, vector(norm.gamma), vector(norm.beta), *map(vector, moments),
+            *map(vector, sums), count, float(p.total // p.channels), dz, dresidual, *_shape_of(p),
         )  # fmt: skip
+        _sweep(sweeps.apply, z, p, arguments, ACT=CODES[norm.activation])
         return dz, dresidual
 
     def forward(
@@ -274,18 +260,11 @@ class TritonEngine:
             # every program reads the count of batches: it must be raised before
             average.add_(1)
             bump = None
-        launch(
-            whole.forward,
-            (p.programs,),
-            z.device,
-            (
-                z, residual, vector(norm.gamma), vector(norm.beta), y, bits, *vectors, running_mean, running_var,
-                average, bump, norm.eps, momentum, correction, p.rows, p.columns, p.inner, p.channels,
-                float(values),
-            ),
-            {**_held(p), "GUARD": guard, "ACT": CODES[norm.activation]},
-            p.warps,
+        arguments = (
+            z, residual, vector(norm.gamma), vector(norm.beta), y, bits, *vectors, running_mean, running_var,
+            average, bump, norm.eps, momentum, correction, p.rows, p.columns, p.inner, p.channels, float(values),
         )  # fmt: skip
+        _hold(whole.forward, z, p, arguments, GUARD=guard, ACT=CODES[norm.activation])
         return Forward(y, *vectors, saved)
 
     def backward(
@@ -311,18 +290,11 @@ class TritonEngine:
         dz = torch.empty_like(plain)
         dresidual = torch.empty_like(plain) if with_residual else None
         sums = torch.empty((2, p.channels), dtype=torch.float32, device=z.device)
-        launch(
-            whole.backward,
-            (p.programs,),
-            z.device,
-            (
-                beside(dy, plain), plain, residual, bits, vector(norm.gamma), vector(norm.beta),
-                *map(vector, moments), dz, dresidual, sums[0], sums[1], p.rows, p.columns, p.inner, p.channels,
-                float(p.total // p.channels),
-            ),
-            {**_held(p), "TRAINING": training, "ACT": CODES[norm.activation]},
-            p.warps,
+        arguments = (
+            beside(dy, plain), plain, residual, bits, vector(norm.gamma), vector(norm.beta), *map(vector, moments),
+            dz, dresidual, sums[0], sums[1], p.rows, p.columns, p.inner, p.channels, float(p.total // p.channels),
         )  # fmt: skip
+        _hold(whole.backward, z, p, arguments, TRAINING=training, ACT=CODES[norm.activation])
         return Backward(dz, sums[0], sums[1], dresidual)
 
 

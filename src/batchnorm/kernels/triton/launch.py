@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-OPTIONS = {"enable_fp_fusion": True, "maxnreg": 128}
-"""How every kernel is compiled: fused multiply-adds said aloud, for triton's default is to change; and as many
-registers as leave room for four programs of 4 warps on a processor."""
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+"""How every kernel is compiled: fused multiply-adds said aloud, for triton's default is to change; and, where the
+compiler can be told, as many registers as leave room for four programs of 4 warps on a processor."""
+if torch.version.hip is None:
+    OPTIONS["maxnreg"] = 128
 
 _handles: dict[tuple, Any] = {}
 
@@ -26,9 +28,10 @@ observers: list[Callable[[str, tuple[int, ...], tuple, dict[str, Any]], None]] =
 
 
 def _class(argument: Any) -> Any:
-    """What machine code depends on: dtype and alignment of a pointer, width of an integer."""
+    """What machine code depends on: dtype, alignment and (on ROCm) reach of a pointer, width of an integer."""
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
+        near = torch.version.hip is None or argument.untyped_storage().size() < 2**31
+        return argument.dtype, argument.data_ptr() % 16 == 0, near
     if isinstance(argument, int):
         return -(2**31) <= argument < 2**31
     return None if argument is None else float

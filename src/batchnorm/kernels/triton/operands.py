@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.triton.plan import Plan, plan
-from batchnorm.layout import classify
-
-
-@lru_cache(maxsize=4096)
-def _planned(shape: torch.Size, stride: tuple[int, ...], axis: int, itemsize: int) -> Plan | None:
-    layout = classify(shape, stride, axis)
-    if layout.kind == "strided":
-        return None
-    return plan(layout.kind, layout.n, layout.c, layout.s, itemsize)
+from batchnorm.kernels.triton.plan import Plan, kind_of, plan
 
 
 def packed(z: Tensor, axis: int) -> tuple[Tensor, Plan]:
     """Give z packed, and how to go over it."""
     z = z.detach().resolve_neg()
-    found = _planned(z.shape, z.stride(), axis, z.element_size())
-    if found is None:
+    kind = kind_of(z, axis)
+    if kind is None:
         z = z.contiguous()
-        found = _planned(z.shape, z.stride(), axis, z.element_size())
-    return z, found  # type: ignore[return-value]
+        kind = kind_of(z, axis)
+    c, s = z.shape[axis], 1 if kind == "RC" else prod(z.shape[axis + 1 :])
+    return z, plan(kind, z.numel() // (c * s), c, s, z.element_size())  # type: ignore[arg-type]
 
 
 def beside(t: Tensor | None, z: Tensor) -> Tensor | None:

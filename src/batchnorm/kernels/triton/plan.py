@@ -10,6 +10,8 @@ from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
+from torch import Tensor
+
 TILE = 2048
 """Elements a program has in registers at once: 16 a thread at 4 warps."""
 
@@ -23,6 +25,9 @@ FEWEST_ROWS = 64
 LARGE_PLANE = 512
 MOST_COLUMNS = 2**24
 MOST_ROWS_WHOLE = 512
+
+REACH = 2**31
+"""Elements from the first of a tile to its last that int32 can count."""
 
 
 class Plan(NamedTuple):
@@ -114,6 +119,26 @@ def _even(length: int, sizes: tuple[int, ...]) -> int:
     return min(sizes, key=lambda size: (_up(length, size) * size, -size))
 
 
+def kind_of(z: Tensor, axis: int) -> str | None:
+    """Tell which of the two layouts of `batchnorm.layout` a tensor has in memory.
+
+    Parameters
+    ----------
+    z : Tensor
+        Not empty.
+    axis : int
+        The channel axis, non-negative.
+
+    Returns
+    -------
+    {"RC", "NCS"} or None
+        Rows of channels, where both fit; None where it must be copied first.
+    """
+    if z.movedim(axis, -1).is_contiguous():
+        return "RC"
+    return "NCS" if z.is_contiguous() else None
+
+
 @lru_cache(maxsize=4096)
 def plan(kind: str, n: int, c: int, s: int, itemsize: int) -> Plan:
     """Plan for a packed tensor.
@@ -121,7 +146,7 @@ def plan(kind: str, n: int, c: int, s: int, itemsize: int) -> Plan:
     Parameters
     ----------
     kind : {"RC", "NCS"}
-        Of `batchnorm.layout.Layout`.
+        As `kind_of` gives it.
     n, c, s : int
         Rows or blocks, channels, neighbours of one channel; none of them 0.
     itemsize : int
@@ -136,31 +161,39 @@ def plan(kind: str, n: int, c: int, s: int, itemsize: int) -> Plan:
     total = n * c * s
     if kind == "RC":
         block = 16
-        whole = n <= MOST_ROWS_WHOLE and _power(n) * block <= HELD
+        whole = n <= MOST_ROWS_WHOLE and _power(n) * block <= HELD and _power(n) * c < REACH
         if whole:
-            return _whole(n, c, 1, c, total, False, max(_power(n), 2), block, gcd(c, vector))
+            return _whole(n, c, 1, c, total, False, max(_power(n), 2), block, vector)
         fold = 1
         if c % vector or c < 64:
             step = vector // gcd(c, vector)
             fold = max(step, _up(64, c) // step * step)
         return _rows(_up(n, fold), fold * c, 1, c, total, bool(n % fold), vector)
-    if s >= 16 and _power(n) * _power(s) <= HELD:
-        return _whole(n, c * s, s, c, total, True, _power(n), max(_power(s), 16), gcd(s, vector))
+    if s >= 16 and _power(n) * _power(s) <= HELD and _power(n) * c * s < REACH:
+        return _whole(n, c * s, s, c, total, True, _power(n), max(_power(s), 16), vector)
     if s >= LARGE_PLANE or (n < 16 and s >= 64) or c * s > MOST_COLUMNS:
         return _planes(n, c, s, total, vector)
     return _rows(n, c * s, s, c, total, False, vector)
 
 
+def _reached(br: int, columns: int) -> int:
+    """As many of the rows of a tile as int32 can reach from the first of them."""
+    while br > 1 and br * columns >= REACH:
+        br //= 2
+    return br
+
+
 def _warps(elements: int) -> int:
-    return 1 if elements <= 256 else 2 if elements <= 512 else 4 if elements <= 2048 else 8
+    return next((w for most, w in ((256, 1), (512, 2), (2048, 4), (4096, 8)) if elements <= most), 16)
 
 
 def _whole(
-    rows: int, columns: int, inner: int, c: int, total: int, planes: bool, br: int, bk: int, align: int
+    rows: int, columns: int, inner: int, c: int, total: int, planes: bool, br: int, bk: int, vector: int
 ) -> Plan:
-    return Plan(
-        rows, columns, inner, c, total, planes, br, bk, 1, 1, rows, align, False, True, _warps(br * bk)
-    )
+    align = gcd(inner if planes else c, vector)
+    # loads one by one need an address in registers for each
+    warps = _warps(br * bk if align == vector else 2 * br * bk)
+    return Plan(rows, columns, inner, c, total, planes, br, bk, 1, 1, rows, align, False, True, warps)
 
 
 def _rows(rows: int, columns: int, inner: int, c: int, total: int, ragged: bool, vector: int) -> Plan:
@@ -172,7 +205,7 @@ def _rows(rows: int, columns: int, inner: int, c: int, total: int, ragged: bool,
     bk = max(16, _even(columns, (64, 128))) if columns > 16 else 16
     while bk < 1024 and _power(rows) * bk < tile and bk < columns:
         bk *= 2
-    br = max(1, min(tile // bk, _power(rows)))
+    br = _reached(max(1, min(tile // bk, _power(rows))), columns)
     tiles = _up(rows, br)
     # what a program finds of a column costs as much memory as six of its values, or three
     wanted = max(1, min(tiles, PROGRAMS // _up(columns, bk), rows // FEWEST_ROWS))
@@ -193,7 +226,7 @@ def _planes(n: int, c: int, s: int, total: int, vector: int) -> Plan:
     if n < 8:
         # few rows: a program goes along the plane instead, as far as there are programs enough
         strips = max(1, min(_up(8, n), c * _up(s, bk) // PROGRAMS))
-    br = 1 if strips > 1 else max(1, min(tile // bk, _power(n)))
+    br = 1 if strips > 1 else _reached(max(1, min(tile // bk, _power(n))), c * s)
     tiles = _up(n, br)
     wanted = max(1, min(tiles, PROGRAMS // (c * _up(s, bk * strips))))
     each = _up(tiles, wanted)
