@@ -64,7 +64,7 @@ def _train_by_torch(z: Tensor, norm: Norm, tracking: Tracking | Sink | None) -> 
         return y
     m = values_per_channel(z.shape, norm.axis)
     compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    count = operators.first_time(mean, m) if compiled else m
+    count = operators.first_time(z.device) * m if compiled else m
     if isinstance(tracking, Tracking):
         tell(tracking, [(count, mean, unbiased)], unbiased=True)
     else:

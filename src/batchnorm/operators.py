@@ -38,7 +38,7 @@ _library.define(
 )
 _library.define("check_finite(Tensor count, Tensor mean, Tensor var) -> (Tensor, Tensor, Tensor)")
 _library.define("check_count(Tensor count) -> Tensor")
-_library.define("first_time(Tensor like, SymInt count) -> Tensor")
+_library.define("first_time(Device device) -> Tensor")
 
 
 def recomputing() -> bool:
@@ -202,9 +202,9 @@ def _check_count(count: Tensor) -> Tensor:
     return count.clone()
 
 
-def _first_time(like: Tensor, count: int) -> Tensor:
+def _first_time(device: torch.device) -> Tensor:
     # filled on the device: a copy of a number from the host would be waited for
-    return torch.full((), 0 if recomputing() else count, dtype=torch.long, device=like.device)
+    return torch.full((), not recomputing(), dtype=torch.long, device=device)
 
 
 for _name, _function in (
@@ -222,7 +222,9 @@ torch.library.register_fake(
 )
 torch.library.register_fake("batchnorm::check_count", torch.empty_like, lib=_library)
 torch.library.register_fake(
-    "batchnorm::first_time", lambda like, count: like.new_empty((), dtype=torch.long), lib=_library
+    "batchnorm::first_time",
+    lambda device: torch.empty((), dtype=torch.long, device=device),
+    lib=_library,
 )
 torch.library.register_vmap(
     "batchnorm::check_count", lambda info, dims, count: (_check_count(count), dims[0]), lib=_library
@@ -304,20 +306,20 @@ def check_count(count: Tensor) -> Tensor:
     return torch.ops.batchnorm.check_count(count)
 
 
-def first_time(like: Tensor, count: int) -> Tensor:
-    """Give a count on the device; or 0, where a checkpoint runs the graph that asks a second time.
+def first_time(device: torch.device) -> Tensor:
+    """Ask whether a graph runs for the first time, and not again for a checkpoint.
+
+    It depends on nothing that a layer has, so that a compiler asks once for all layers of a graph.
 
     Parameters
     ----------
-    like : Tensor
-        Its device is the count's.
-    count : int
-        Values per channel m.
+    device : torch.device
+        Where the answer is wanted.
 
     Returns
     -------
     Tensor of int64, shape ()
-        What to move running statistics by. The question is asked when the graph runs; a graph that an accelerator
-        has captured and replays repeats the answer it had.
+        1, or 0 where a checkpoint runs the graph again: running statistics must not move. The question is asked
+        when the graph runs; a graph that an accelerator has captured and replays repeats the answer it had.
     """
-    return torch.ops.batchnorm.first_time(like, count)
+    return torch.ops.batchnorm.first_time(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -26,26 +27,65 @@ def _by_torch() -> Iterator[None]:
 class Watch(TorchDispatchMode):
     """Lists what is dispatched, and how: a host synchronization, or a copy between devices, shows here."""
 
+    # what looks at values before it gives a result: on a device the host would wait
+    WAITING = frozenset(
+        {
+            *("lift_fresh", "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"),
+            *("_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave"),
+        }
+    )
+
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.waits: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.names.append(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
-        if self.names[-1] in ("_to_copy", "copy_"):
-            source = args[1] if self.names[-1] == "copy_" else args[0]
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        self.names.append(name)
+        if name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else args[0]
             target = torch.device(kwargs.get("device") or args[0].device)
             assert source.device.type == target.type, "a copy between devices"
+        by_truth = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            i is not None and i.dtype is torch.bool for i in args[1]
+        )
+        if name in self.WAITING or by_truth:
+            self.waits.add(name)
         return func(*args, **kwargs)
-
-    @property
-    def waits(self) -> set[str]:
-        return {"lift_fresh", "_local_scalar_dense", "item", "nonzero", "is_nonzero"} & set(self.names)
 
     @property
     def norms(self) -> list[str]:
         return [name for name in self.names if "batch_norm" in name]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda t: t.sum().item(),
+        lambda t: bool((t > 0).any()),
+        lambda t: t * torch.tensor(3.0),
+        lambda t: t[t > 0],
+        lambda t: t.nonzero(),
+        lambda t: t.masked_select(t > 0),
+        lambda t: torch.equal(t, t),
+        lambda t: t.unique(),
+        lambda t: t.index_put_((t > 0,), torch.zeros_like(t[0])),
+    ],
+)
+def test_the_watch_finds_whoever_waits(fault: Any) -> None:
+    t = torch.randn(5)
+    with Watch() as watch:
+        fault(t)
+    assert watch.waits
+
+
+def test_the_watch_finds_a_copy_between_devices() -> None:
+    with Watch(), pytest.raises(AssertionError, match="between devices"):
+        torch.ones(3).to("meta")
+    with Watch(), pytest.raises(AssertionError, match="between devices"):
+        torch.ones(3, device="meta").copy_(torch.ones(3))
 
 
 LAYERS = {
@@ -84,6 +124,62 @@ def test_a_training_step_is_one_batch_norm_and_waits_for_nothing(
         + 2 * ("running_var_correction" in options)
     )
     assert len(forward.names) <= most, forward.names
+
+
+# layer, shape of its input: none of them what the counts were first taken on
+SHAPES = {
+    "matrix": (lambda: batchnorm.BatchNorm1d(7, activation="relu"), (9, 7)),
+    "NCL": (lambda: batchnorm.BatchNorm1d(7, activation="relu"), (2, 7, 11)),
+    "NLC": (lambda: batchnorm.BatchNorm1d(7, activation="relu", channel_dim=-1), (2, 11, 7)),
+    "channels_last": (lambda: batchnorm.BatchNorm2d(24, activation="relu"), (2, 24, 3, 5)),
+    "volume": (lambda: batchnorm.BatchNorm3d(3, activation="relu"), (2, 3, 4, 2, 5)),
+    "one channel, one sample": (lambda: batchnorm.BatchNorm2d(1, activation="relu"), (1, 1, 7, 7)),
+    "domain": (lambda: _with_domain(), (3, 4, 5, 5)),
+    "alone": (lambda: batchnorm.BatchNorm2d(5), (4, 5, 7, 7)),
+}
+
+
+def _with_domain() -> nn.Module:
+    layer = batchnorm.BatchNorm2d(4, activation="relu")
+    layer.add_domain("other")
+    return layer
+
+
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_fourteen_operations_whatever_the_shape(case: str, dtype: torch.dtype, residual: bool) -> None:
+    make, shape = SHAPES[case]
+    layer = make()
+    z = torch.randn(shape, dtype=dtype)
+    if case == "channels_last":
+        z = z.contiguous(memory_format=torch.channels_last)
+    z.requires_grad_()
+    added = (torch.randn_like(z).requires_grad_(),) if residual else ()
+    with batchnorm.domain("other") if case == "domain" else nullcontext():
+        layer(z, *added)
+        with Watch() as forward:
+            y = layer(z, *added)
+    with Watch() as backward:
+        y.backward(torch.ones_like(y))
+    assert forward.norms == ["native_batch_norm"]
+    assert backward.norms == ["native_batch_norm_backward"]
+    assert not forward.waits | backward.waits
+    assert y.stride() == z.stride()
+    views = forward.names.count("view")  # rows of channels are a matrix to torch, there and back: no launch
+    assert views <= (3 + residual if case == "NLC" else 0), forward.names
+    assert len(forward.names) - views <= 14 + residual, forward.names
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_waits_for_nothing_unless_it_may_have_to_raise(training: bool) -> None:
+    layer = batchnorm.BatchNorm1d(3, activation="relu", on_single_value="running").train(training)
+    z = torch.randn(4, 3, 6, requires_grad=True)
+    mask = torch.rand(4, 6) < 0.5
+    layer(z, mask=mask)
+    with Watch() as watch:
+        layer(z, mask=mask).sum().backward()
+    assert not watch.waits, watch.names
 
 
 @pytest.mark.parametrize("graded", [False, True])

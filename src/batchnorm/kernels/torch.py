@@ -51,6 +51,8 @@ def _to_kernel(t: Tensor, axis: int) -> Tensor:
 def _from_kernel(t: Tensor, like: Tensor, axis: int) -> Tensor:
     """The inverse of `_to_kernel`, for a tensor of the shape of ``like``."""
     if t.dim() == 2 and like.dim() > 2:
+        if axis == like.dim() - 1:
+            return t.view(like.shape)
         moved = (*like.shape[:axis], *like.shape[axis + 1 :], like.shape[axis])
         return t.view(moved).movedim(-1, axis)
     return t if axis == 1 else t.movedim(1, axis)
