@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from batchnorm.network.values.activations import ACTIVATIONS, activation_name
 from batchnorm.network.values.find import Flow, Unproven
 from batchnorm.network.values.values import Call
 
@@ -23,8 +24,6 @@ class NormChain:
     activation : str or None
         Name in the kernels' contract of the activation that alone reads the norm's output, or that alone
         reads the sum; None when there is none.
-    activation_module : torch.nn.Module or None
-        The activation when it is a module; None for a function.
     with_sum : bool
         Whether a sum with another value stands between norm and activation.
     calls : list of tuple
@@ -36,10 +35,19 @@ class NormChain:
     norm: nn.Module
     path: str
     activation: str | None = None
-    activation_module: nn.Module | None = None
     with_sum: bool = False
     calls: list[tuple[Call, Call | None, Call | None]] = field(default_factory=list)
     reason: str = ""
+
+
+def activation_of(call: Call) -> str | None:
+    if call.module is not None:
+        return activation_name(call.module)
+    if call.op == "hardtanh":
+        return "relu6" if tuple(call.args[1:3]) == (0.0, 6.0) else None
+    if call.op == "leaky_relu" and call.args[1:2] != (0.01,) and len(call.args) > 1:
+        return None
+    return call.op if call.op in ACTIVATIONS and not call.kwargs else None
 
 
 def chain_after(flow: Flow, norm: nn.Module) -> NormChain:
@@ -64,14 +72,13 @@ def chain_after(flow: Flow, norm: nn.Module) -> NormChain:
             reader, total = flow.next_call(call), None
             if reader.is_sum:
                 total, reader = reader, flow.next_call(reader)
-            if reader.activation is None:
+            if activation_of(reader) is None:
                 raise Unproven(f"followed by {reader.op} {reader.path}".strip())
-            kinds.add((total is not None, reader.activation, reader.module))
+            kinds.add((total is not None, activation_of(reader)))
             chain.calls.append((call, total, reader))
         if len(kinds) > 1:
             raise Unproven("its calls are followed by different things")
-        # the activation module must not serve anybody whose value would miss it
-        chain.with_sum, chain.activation, chain.activation_module = kinds.pop()
+        chain.with_sum, chain.activation = kinds.pop()
     except Unproven as why:
         return NormChain(norm, chain.path, reason=str(why))
     return chain

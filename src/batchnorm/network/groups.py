@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from batchnorm.errors import ArgumentError
-from batchnorm.network.model import check_model, check_number
+from batchnorm.network.model import check_model, check_number, unwrapped
+from batchnorm.network.record import Record, forget_tool, write_record
 from batchnorm.network.values.modules import OTHER_NORMS, is_batch_norm
 
 # "q_bias", "bias_ih_l0" and "in_proj_bias" are biases, "unbiased" is none
@@ -44,6 +45,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     list of dict
         Two groups, the decaying one first, with every parameter that requires a gradient in one of them,
         once, in the order of ``model.parameters()``. A group without parameters is left out.
+        ``batchnorm.record(model)`` names the layers of the second.
 
     Raises
     ------
@@ -73,7 +75,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         mend="1e-4 is usual for convolutional networks.",
     )
     check_model(model, "param_groups")
-    without = {id(parameter) for parameter in _without_decay(model)}
+    found = list(_without_decay(unwrapped(model)))
+    without = {id(parameter) for *_, parameter in found}
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ArgumentError(
@@ -85,10 +88,17 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for p in parameters if id(p) not in without], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) in without], "weight_decay": 0.0},
     ]
+    told, layers = Record(), dict[str, tuple[nn.Module, list[str]]]()
+    for path, module, name, _ in found:
+        layers.setdefault(path, (module, []))[1].append(name)
+    for path, (module, names) in layers.items():
+        told.add(path, type(module).__name__, "without decay", ", ".join(names), tool="param_groups")
+    forget_tool(model, "param_groups")
+    write_record(model, told)
     return [group for group in groups if group["params"]]
 
 
-def _without_decay(model: nn.Module) -> Iterator[nn.Parameter]:
+def _without_decay(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     behaviour: dict[Any, bool] = {}
     for path, module in model.named_modules():
         own = dict(_own_parameters(module))
@@ -100,7 +110,9 @@ def _without_decay(model: nn.Module) -> Iterator[nn.Parameter]:
                 at=path,
             )
         normalizes = _normalizes(module, own, behaviour)
-        yield from (parameter for name, parameter in own.items() if normalizes or _BIAS.search(name))
+        yield from (
+            (path, module, name, held) for name, held in own.items() if normalizes or _BIAS.search(name)
+        )
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from batchnorm.errors import ArgumentError
 
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _PARAMETERS_ONLY = (nn.ParameterList, nn.ParameterDict)
 
 
@@ -112,6 +113,68 @@ def check_number(
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not good(value):
         raise ArgumentError(f"{tool}: {name} must be {wanted}, and is {value!r}.", why=why, mend=mend)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of what compiles, distributes or averages it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any module.
+
+    Returns
+    -------
+    torch.nn.Module
+        Of a module of ``torch.compile``, DistributedDataParallel, DataParallel or AveragedModel the one it
+        holds; any other as it is.
+    """
+    if hasattr(model, "_orig_mod") and hasattr(model, "dynamo_ctx"):
+        return unwrapped(model._orig_mod)  # type: ignore[arg-type]
+    if isinstance(model, _WRAPPERS) or type(model).__name__ == "AveragedModel":
+        return unwrapped(model.module)
+    return model
+
+
+def to_change(model: Any, tool: str, inplace: bool) -> nn.Module:
+    """The network whose layers a tool is to replace: checked, and out of what is around it.
+
+    Parameters
+    ----------
+    model : object
+        As given.
+    tool : str
+        Who asks.
+    inplace : bool
+        As given.
+
+    Returns
+    -------
+    torch.nn.Module
+        The network itself, not copied.
+
+    Raises
+    ------
+    ArgumentError
+        It is no network that can be changed, or is not whole in this process.
+    """
+    check_model(model, tool)
+    inside = unwrapped(model)
+    if inplace and inside is not model:
+        raise ArgumentError(
+            f"{tool}: inplace=True of a {type(model).__name__}.",
+            why="what was made of the network, a graph or buckets of gradients, would go on as before.",
+            mend="change the network inside, then compile or wrap it again.",
+        )
+    for path, module in inside.named_modules():
+        if any("FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for kind in type(module).__mro__):
+            raise ArgumentError(
+                f"{tool}: the network is sharded, and each process holds a part of its weights.",
+                why="a layer is changed as a whole.",
+                mend=f"{tool} it before it is sharded, or load its full state dict into a plain one.",
+                at=path,
+            )
+    return inside
 
 
 Where = str | Callable[[str, nn.Module], bool] | None

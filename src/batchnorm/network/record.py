@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 import torch
 
-from batchnorm.network.model import check_model
+from batchnorm.network.model import check_model, unwrapped
 
 ATTRIBUTE = "_batchnorm_record"
 LEFT_ALONE = "left alone"
@@ -193,6 +193,7 @@ def record(network: torch.nn.Module) -> Record:
     ['0']
     """
     check_model(network, "record")
+    network = unwrapped(network)
     return Record([*_of(network).rows, *_live(network)])
 
 
@@ -213,7 +214,7 @@ def _live(network: torch.nn.Module) -> list[Row]:
 
 
 def forget_tool(network: torch.nn.Module, tool: str) -> None:
-    """Take the rows of one tool out of a network's record, and the record away where nothing is left.
+    """Take the rows of one tool out of a network's record.
 
     Parameters
     ----------
@@ -222,8 +223,23 @@ def forget_tool(network: torch.nn.Module, tool: str) -> None:
     tool : str
         As in :class:`Row`.
     """
+    forget(network, [row for row in _of(unwrapped(network)).rows if row.tool == tool])
+
+
+def forget(network: torch.nn.Module, rows: Sequence[Row]) -> None:
+    """Take some rows out of a network's record, and the record away where nothing is left.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        The network that the rows tell of; changed in place.
+    rows : sequence of Row
+        Those that were written, not others that say the same.
+    """
+    network = unwrapped(network)
     present = _of(network).rows
-    kept = [row for row in present if row.tool != tool]
+    gone = {id(row) for row in rows}
+    kept = [row for row in present if id(row) not in gone]
     if kept:
         object.__setattr__(network, ATTRIBUTE, Record(kept))
     elif present:
@@ -246,5 +262,6 @@ def write_record(network: torch.nn.Module, rows: Record) -> torch.nn.Module:
         ``network``.
     """
     # a new object: a copy of the network made earlier may still hold the old one
-    object.__setattr__(network, ATTRIBUTE, Record([*_of(network).rows, *rows.rows]))
+    inside = unwrapped(network)
+    object.__setattr__(inside, ATTRIBUTE, Record([*_of(inside).rows, *rows.rows]))
     return network

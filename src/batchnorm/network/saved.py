@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, TraceError
 from batchnorm.network.exported import Opened
-from batchnorm.network.inputs import call_with, copied, guesses
+from batchnorm.network.inputs import copied, run
 from batchnorm.network.layers.convert import convert
+from batchnorm.network.made_up import guesses
 
 PROGRAM, ONNX = ".pt2", ".onnx"
 _ONNX_NEEDS = ("onnx", "onnxscript")
@@ -111,7 +112,7 @@ def _made_up(model: nn.Module) -> Any:
     """An input that a network in eval mode accepts; None where none is found."""
     for guess in guesses(model):
         with contextlib.suppress(Exception), torch.no_grad():
-            call_with(model, guess)
+            run(model, guess, "batchnorm")
             return guess
     return None
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as hooks
 
 Step = Callable[[], Any]
 
@@ -71,7 +70,7 @@ class Undo:
 
 
 def keep_modules(undo: Undo, modules: Iterable[nn.Module]) -> None:
-    """Give modules their class, attributes, hooks and parts back when it is undone; values are not copied.
+    """Give modules their class, attributes, containers, hooks and parts back when undone; values are not copied.
 
     Parameters
     ----------
@@ -88,15 +87,9 @@ _Looks = tuple[nn.Module, type, dict[str, Any], list[tuple[Any, Any]]]
 
 def _looks(module: nn.Module) -> _Looks:
     held = dict(module.__dict__)
-    # torch's own tables, put back as the objects they are: handles of hooks refer to them
-    tables = [
-        (held[name], held[name].copy()) for name in held if name.startswith("_") and _is_table(held[name])
-    ]
+    # put back as the objects they are: handles of hooks refer to torch's own tables
+    tables = [(value, value.copy()) for value in held.values() if isinstance(value, (dict, set, list))]
     return module, type(module), held, tables
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, (dict, set))
 
 
 def _put_back(looks: list[_Looks]) -> None:
@@ -106,7 +99,7 @@ def _put_back(looks: list[_Looks]) -> None:
         module.__dict__.update(held)
         for table, before in tables:
             table.clear()
-            table.update(before)
+            (table.extend if isinstance(table, list) else table.update)(before)
 
 
 def keep_attribute(undo: Undo, module: nn.Module, name: str) -> None:
@@ -192,22 +185,30 @@ def hook_after(undo: Undo, module: nn.Module, hook: Callable[..., Any]) -> None:
     module.register_forward_hook(hook)
 
 
-def hook_everywhere(undo: Undo, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-    """Call hooks around every forward of every module of the process, to be undone.
+def hook_around(
+    undo: Undo, modules: Iterable[nn.Module], before: Callable[..., Any], after: Callable[..., Any]
+) -> None:
+    """Call hooks around every forward of some modules, outside of the hooks that they have, to be undone.
 
     Parameters
     ----------
     undo : Undo
-        Takes the step.
+        Takes the steps.
+    modules : iterable of torch.nn.Module
+        Any modules.
     before, after : callable
-        ``before(module, args)`` and ``after(module, args, kwargs, output)``.
+        ``before(module, args, kwargs)`` and ``after(module, args, kwargs, output)``, also where the forward
+        raises; the output is None then.
     """
-    undo.add(partial(_unhook, before, hooks._global_forward_pre_hooks))
-    # torch forgets the second table, and then takes a global hook to be there for ever
-    tables = (hooks._global_forward_hooks, hooks._global_forward_hooks_with_kwargs)
-    undo.add(partial(_unhook, after, *tables))
-    hooks.register_module_forward_pre_hook(before)
-    hooks.register_module_forward_hook(after, with_kwargs=True)
+    for module in modules:
+        held = module.__dict__
+        undo.add(
+            partial(_unhook, before, *(held[f"_forward_pre_hooks{end}"] for end in ("", "_with_kwargs")))
+        )
+        ends = ("", "_with_kwargs", "_always_called")
+        undo.add(partial(_unhook, after, *(held[f"_forward_hooks{end}"] for end in ends)))
+        module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        module.register_forward_hook(after, with_kwargs=True, always_call=True)
 
 
 def _unhook(hook: Callable[..., Any], table: dict[int, Any], *others: dict[int, Any]) -> None:

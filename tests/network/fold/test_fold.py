@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import batchnorm
 from batchnorm.errors import ShapeError
 from batchnorm.network.fold.fold import fold
-from batchnorm.network.fold.ways import FoldedNorm
+from batchnorm.network.fold.remains import FoldedNorm
 from batchnorm.network.record import record
 
 

@@ -220,7 +220,7 @@ def test_what_insert_made_is_a_plain_network_again(given: str) -> None:
         torch.testing.assert_close(folded(x), net(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_block_whose_parent_cannot_be_traced_is_folded_and_self_checked_alone() -> None:
+def test_a_network_of_an_unusual_input_is_folded_on_an_example_and_left_alone_without() -> None:
     class Parent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -230,9 +230,10 @@ def test_a_block_whose_parent_cannot_be_traced_is_folded_and_self_checked_alone(
             return [self.block(image[None]) * scale for image in images]
 
     net = trained(Parent()).eval()
-    folded = fold(net)
-    assert norms(folded) == []
+    assert "pass example=" in record(fold(net)).reason("block.1")
     images = [torch.randn(3, 6, 6)]
+    folded = fold(net, (images, 2.0))
+    assert norms(folded) == []
     torch.testing.assert_close(folded(images, 2.0), net(images, 2.0), rtol=1e-5, atol=1e-5)
 
 

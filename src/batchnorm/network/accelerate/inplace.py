@@ -10,13 +10,21 @@ from torch.jit import ScriptModule
 from batchnorm.network.accelerate.running import Accelerated, compiled_for
 from batchnorm.network.accelerate.told import TOOL
 from batchnorm.network.accelerate.verify import compile_ahead, verify
+from batchnorm.network.inputs import Forward, check_forward, copied
 from batchnorm.network.model import check_model
 from batchnorm.network.record import Record, forget_tool, write_record
 
 _PLACE = "_compiled_call_impl"  # where torch.nn.Module.compile puts what a call runs
 
 
-def accelerate(model: nn.Module, example: Any = None, *, both_modes: bool = False) -> nn.Module:
+def accelerate(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    both_modes: bool = False,
+    forward: Forward = None,
+    inplace: bool = True,
+) -> nn.Module:
     """Make a network faster, and nothing else.
 
     The model is compiled in place, as ``Module.compile`` does it, with the TorchDynamo backend of this package:
@@ -35,11 +43,16 @@ def accelerate(model: nn.Module, example: Any = None, *, both_modes: bool = Fals
         handed back; and what was compiled for the copies in its mode serves it from the first call on.
     both_modes : bool, default False
         With an example: compile ahead for training and for eval, rather than for the model's own mode alone.
+    forward : callable, optional
+        ``forward(model, example)`` calls the network, where ``model(example)`` is not how it takes one.
+    inplace : bool, default True
+        False leaves the given network as it is, and changes a copy.
 
     Returns
     -------
     Module
-        ``model``. ``batchnorm.record(model)``, after a call, tells graphs, what became of each norm, and why.
+        ``model``, or its copy. ``batchnorm.record`` of it, after a call, tells graphs, what became of each norm,
+        and why.
 
     Raises
     ------
@@ -64,6 +77,8 @@ def accelerate(model: nn.Module, example: Any = None, *, both_modes: bool = Fals
     'torch.nn.modules.batchnorm'
     """
     check_model(model, TOOL)
+    check_forward(forward, TOOL)
+    model = model if inplace else copied(model)
     told = Record()
     reason = _why_not(model)
     if reason:
@@ -71,25 +86,29 @@ def accelerate(model: nn.Module, example: Any = None, *, both_modes: bool = Fals
         return write_record(model, told)
     restore(model)
     if example is not None:
-        verify(model, example)
-        compile_ahead(model, example, (True, False) if both_modes else (model.training,))
+        verify(model, example, forward)
+        compile_ahead(model, example, (True, False) if both_modes else (model.training,), forward)
     object.__setattr__(model, _PLACE, Accelerated(model, compiled_for(model)))
     told.add("", type(model).__name__, "accelerated", tool=TOOL)
     return write_record(model, told)
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """Take off what :func:`accelerate` put on; the model is as it was before.
 
     Parameters
     ----------
     model : Module
-        Any network. Changed in place; its layers were never changed.
+        Any network; its layers were never changed.
+    inplace : bool, default True
+        False leaves the given network as it is, and changes a copy.
 
     Returns
     -------
     Module
-        ``model``. To give layers of ours back to ``torch.nn``: ``batchnorm.convert(model, "torch")``.
+        ``model``, or its copy. What stays as `freeze` or `convert` left it is named in ``batchnorm.record``
+        of it: `unfreeze` is the way back. To give layers of ours back to ``torch.nn``:
+        ``batchnorm.convert(model, "torch")``.
 
     Raises
     ------
@@ -104,11 +123,17 @@ def restore(model: nn.Module) -> nn.Module:
     True
     """
     check_model(model, "restore")
+    model = model if inplace else copied(model)
     for module in model.modules():
         if isinstance(module.__dict__.get(_PLACE), Accelerated):
             del module.__dict__[_PLACE]
         forget_tool(module, TOOL)
-    return model
+    forget_tool(model, "restore")
+    told = Record()
+    for path, module in model.named_modules():
+        if getattr(module, "frozen_statistics", False) or getattr(module, "frozen_affine", False):
+            told.leave(path, type(module).__name__, "frozen: unfreeze(model) lets it move", tool="restore")
+    return write_record(model, told) if told.rows else model
 
 
 def _why_not(model: nn.Module) -> str:

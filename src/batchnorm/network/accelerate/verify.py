@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from batchnorm.errors import VerificationError
 from batchnorm.network.accelerate.running import Accelerated, compiled_for
-from batchnorm.network.inputs import call_with, copied
+from batchnorm.network.compare import tensors_in
+from batchnorm.network.inputs import Forward, copied, each_tensor, own, run
 
 _WORSE = 8.0
 """How many times the plain network's own error is allowed. Both round the same sums in another order."""
@@ -27,7 +27,7 @@ class _Answers(NamedTuple):
     statistics: dict[str, Tensor]
 
 
-def verify(model: nn.Module, example: Any) -> None:
+def verify(model: nn.Module, example: Any, forward: Forward = None) -> None:
     """Compare copies of a network, plain and accelerated, in both modes.
 
     Where they are not equal, the plain network in float64 is the arbiter: the accelerated one may be as far from it
@@ -47,8 +47,8 @@ def verify(model: nn.Module, example: Any) -> None:
         They differ.
     """
     for training in (True, False):
-        plain = _answers(_plain_copy(model), example, training)
-        ours = _answers(_fast_copy(model), example, training)
+        plain = _answers(_plain_copy(model), example, training, forward)
+        ours = _answers(_fast_copy(model), example, training, forward)
         arbiter = None
         for kind in _Answers._fields:
             wanted, given = getattr(plain, kind), getattr(ours, kind)
@@ -60,7 +60,7 @@ def verify(model: nn.Module, example: Any) -> None:
                     raise _differ(f"{kind} of {name}", training, f"{got.dtype} {tuple(got.shape)}")
                 if torch.equal(got, expected):
                     continue
-                arbiter = arbiter or _exact(model, example, training) or plain
+                arbiter = arbiter or _exact(model, example, training, forward) or plain
                 exact = getattr(arbiter, kind).get(name)
                 if exact is None or exact.shape != expected.shape:
                     exact = expected
@@ -70,7 +70,7 @@ def verify(model: nn.Module, example: Any) -> None:
                     raise _differ(f"{kind} of {name}", training, why)
 
 
-def compile_ahead(model: nn.Module, example: Any, modes: tuple[bool, ...]) -> None:
+def compile_ahead(model: nn.Module, example: Any, modes: tuple[bool, ...], forward: Forward = None) -> None:
     """Compile for a network, by running copies of it that look alike.
 
     Parameters
@@ -83,7 +83,7 @@ def compile_ahead(model: nn.Module, example: Any, modes: tuple[bool, ...]) -> No
         Training or not.
     """
     for training in modes:
-        _answers(_fast_copy(model), example, training)
+        _answers(_fast_copy(model), example, training, forward)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
@@ -96,23 +96,19 @@ def _fast_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _exact(model: nn.Module, example: Any, training: bool) -> _Answers | None:
+def _exact(model: nn.Module, example: Any, training: bool, forward: Forward) -> _Answers | None:
     """The plain network's answers in float64; None where it does not run in float64."""
     try:
-        return _answers(copied(model).double(), _double(example), training)
+        return _answers(copied(model).double(), each_tensor(_double, example), training, forward)
     except Exception:  # a forward of somebody else may raise anything
         return None
 
 
-def _double(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.double() if tree.is_floating_point() else tree
-    if isinstance(tree, Mapping):
-        return {key: _double(item) for key, item in tree.items()}
-    return type(tree)(map(_double, tree)) if type(tree) in (tuple, list) else tree
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _answers(model: nn.Module, example: Any, training: bool) -> _Answers:
+def _answers(model: nn.Module, example: Any, training: bool, forward: Forward) -> _Answers:
     """One pass, the random numbers the same every time."""
     # modes below the model's own stay: what is frozen by eval() is so in training
     if training != model.training:
@@ -120,7 +116,7 @@ def _answers(model: nn.Module, example: Any, training: bool) -> _Answers:
     model.zero_grad(set_to_none=True)
     with torch.random.fork_rng(), torch.set_grad_enabled(True):
         torch.manual_seed(0)
-        outputs = list(_tensors(call_with(model, example)))
+        outputs = list(tensors_in(run(model, own(example), "accelerate", forward)))
         parts = [o.float().square().mean() for o in outputs if o.requires_grad and o.is_floating_point()]
         if parts:
             torch.stack(parts).sum().backward()
@@ -129,20 +125,6 @@ def _answers(model: nn.Module, example: Any, training: bool) -> _Answers:
         {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
         {name: b.detach().clone() for name, b in model.named_buffers()},
     )
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from _tensors(item)
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from _tensors(item)
-    elif hasattr(tree, "__dataclass_fields__"):
-        for name in tree.__dataclass_fields__:
-            yield from _tensors(getattr(tree, name, None))
 
 
 def _largest(tensors: Any) -> float:

@@ -14,21 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.network.values.activations import ACTIVATIONS
 from batchnorm.network.values.find import Unproven
 from batchnorm.network.values.modules import TRANSPOSED
 
 _OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 _KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *_OURS)
-_TAILS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-}
 
 
 @dataclass
@@ -118,7 +109,7 @@ def affine_of(norm: nn.Module) -> Affine:
         found = _by_formula(norm)
         activation = getattr(norm, "activation", None) if isinstance(norm, _OURS) else None
         if activation is not None:
-            found.tail = _TAILS[activation]().train(norm.training)
+            found.tail = ACTIVATIONS[activation]().train(norm.training)
     else:
         found = _by_measurement(norm)
     if not bool(torch.isfinite(found.scale).all() and torch.isfinite(found.shift).all()):

@@ -24,21 +24,10 @@ class Axis:
     """
 
     place: int
-    rank: int | None
+    rank: int
 
     MOVES: ClassVar[frozenset[str]] = frozenset(
-        [
-            "transpose",
-            "permute",
-            "swapaxes",
-            "view",
-            "_unsafe_view",
-            "reshape",
-            "flatten",
-            "contiguous",
-            "clone",
-            *("squeeze", "unsqueeze", "reshape_as", "view_as", "Flatten", "t"),
-        ]
+        "transpose permute view _unsafe_view clone squeeze unsqueeze t Flatten".split()
     )
 
     @classmethod
@@ -48,74 +37,59 @@ class Axis:
         Parameters
         ----------
         call : Call
-            A call of a layer.
+            Of a Linear or a convolution.
 
         Returns
         -------
         Axis
-            1 for convolutions, the last for a Linear.
+            The last axis of a Linear's output, the one before those of space of a convolution's.
         """
-        shape = call.output.shape
-        if isinstance(call.module, nn.Linear):
-            return cls(-1, len(shape) if shape is not None else None)
-        axes = len(call.module.kernel_size)  # type: ignore[union-attr,arg-type]
         # an unbatched input has its channels in front
-        return cls(-1 - axes, len(shape) if shape is not None else axes + 2)
+        axes = 0 if isinstance(call.module, nn.Linear) else len(call.module.kernel_size)  # type: ignore[union-attr,arg-type]
+        return cls(-1 - axes, len(call.output.shape))
 
-    def is_same(self, channel_dim: int) -> bool | None:
+    def is_same(self, channel_dim: int) -> bool:
         """Whether this is the channel axis of a norm.
 
         Parameters
         ----------
         channel_dim : int
-            The norm's, negative when counted from the last.
+            That of the norm.
 
         Returns
         -------
-        bool or None
-            None when the number of axes decides, and is not known.
+        bool
+            True where both count to the same axis.
         """
-        if self.rank is not None:
-            return self.place % self.rank == channel_dim % self.rank
-        if (self.place < 0) == (channel_dim < 0):
-            return self.place == channel_dim
-        return None
+        return self.place % self.rank == channel_dim % self.rank
 
+    def moved(self, call: Call, before: tuple[int, ...], after: tuple[int, ...]) -> Axis | None:
+        """Where the channel axis is after a transpose or reshape.
 
-def follow_axis(
-    call: Call, axis: Axis | None, before: tuple[int, ...] | None, after: tuple[int, ...] | None
-) -> Axis | None:
-    """Where the channel axis is after a transpose or reshape.
+        Parameters
+        ----------
+        call : Call
+            One of ``MOVES``.
+        before, after : tuple of int
+            Shapes of its input and output.
 
-    Parameters
-    ----------
-    call : Call
-        Of one of ``Axis.MOVES``.
-    axis : Axis or None
-        Before it; None when lost.
-    before, after : tuple of int, or None
-        Shapes, known in a run.
-
-    Returns
-    -------
-    Axis or None
-        None when it can't be told, or the channels were mixed with another axis.
-    """
-    if axis is None or before is None or after is None:
-        return None
-    rank, place = len(before), axis.place % len(before)
-    order = list(range(rank))
-    if call.op in ("transpose", "swapaxes"):
-        a, b = (int(d) % rank for d in call.args[1:3])
-        order[a], order[b] = order[b], order[a]
-    elif call.op == "permute":
-        given = call.args[1] if isinstance(call.args[1], (tuple, list)) else call.args[1:]
-        order = [int(d) % rank for d in given]
-    elif call.op == "t":
-        order = order[::-1]
-    else:
-        ahead = prod(before[:place])
-        places = [p for p, size in enumerate(after) if size == before[place] and prod(after[:p]) == ahead]
-        # where size-1 axes leave a choice the last is not more right than the first
-        return Axis(places[0], len(after)) if len(places) == 1 else None
-    return Axis(order.index(place), rank)
+        Returns
+        -------
+        Axis or None
+            None where it is lost.
+        """
+        rank, place = len(before), self.place % len(before)
+        order = list(range(rank))
+        if call.op == "transpose":
+            a, b = (int(d) % rank for d in call.args[1:3])
+            order[a], order[b] = order[b], order[a]
+        elif call.op == "permute":
+            order = [int(d) % rank for d in call.args[1]]
+        elif call.op == "t":
+            order = order[::-1]
+        else:
+            ahead = prod(before[:place])
+            places = [p for p, size in enumerate(after) if size == before[place] and prod(after[:p]) == ahead]
+            # where size-1 axes leave a choice the last is not more right than the first
+            return Axis(places[0], len(after)) if len(places) == 1 else None
+        return Axis(order.index(place), rank)

@@ -6,7 +6,6 @@ constant: it is what the given network makes of a change of one unit in the last
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from batchnorm.errors import VerificationError
 from batchnorm.network.compare import apart, epsilon, kept
 from batchnorm.network.fold.affine import affine_of, fold_into_after, fold_into_before, fold_into_norm
-from batchnorm.network.inputs import call_with, copied
+from batchnorm.network.inputs import Forward, copied, each_tensor, own, run
 from batchnorm.network.modes import modes
 
 Step = tuple[str, str, str]
@@ -37,7 +36,9 @@ class Finding(NamedTuple):
     where: str = ""
 
 
-def check(model: nn.Module, example: Any, result: nn.Module, steps: list[Step]) -> None:
+def check(
+    model: nn.Module, example: Any, result: nn.Module, steps: list[Step], forward: Forward = None
+) -> None:
     """Compare the answers of a folded network with those of the given one.
 
     First the answers themselves; where they tell nothing (no number that rounding reaches, other answers
@@ -65,9 +66,11 @@ def check(model: nn.Module, example: Any, result: nn.Module, steps: list[Step]) 
             for wide in (False, True):
                 try:
                     if wide:
-                        found = _compare(*_in_float64(given, steps), _doubled(example), steps, inner, state)
+                        found = _compare(
+                            *_in_float64(given, steps), _doubled(example), steps, inner, state, forward
+                        )
                     else:
-                        found = _compare(given, result, example, steps, inner, state)
+                        found = _compare(given, result, example, steps, inner, state, forward)
                 except Exception as error:
                     if wide:
                         continue  # code that asks for one dtype
@@ -103,7 +106,13 @@ def _differs(found: Finding, norms: int) -> VerificationError:
 
 
 def _compare(
-    given: nn.Module, result: nn.Module, example: Any, steps: list[Step], inner: bool, state: Tensor
+    given: nn.Module,
+    result: nn.Module,
+    example: Any,
+    steps: list[Step],
+    inner: bool,
+    state: Tensor,
+    forward: Forward,
 ) -> Finding:
     def answers(network: nn.Module, places: list[str]) -> dict[str, Any]:
         # the same state for each run, so that random parts draw the same
@@ -117,7 +126,10 @@ def _compare(
         ]
         try:
             with torch.no_grad(), modes(network, False):
-                seen += [(f"the answer{path}", leaf) for path, leaf in kept(call_with(network, example))]
+                seen += [
+                    (f"the answer{path}", leaf)
+                    for path, leaf in kept(run(network, own(example), "fold", forward))
+                ]
         finally:
             for handle in handles:
                 handle.remove()
@@ -144,9 +156,9 @@ def _compare(
                 new = apart(before[path], shaken[path]) if path in shaken else float("inf")
                 noise[path] = max(noise[path], new)
     told = None
-    for path, own in noise.items():
+    for path, shake in noise.items():
         number = epsilon(before[path]) is not None
-        allowed = floor[path] + _ROOM * own
+        allowed = floor[path] + _ROOM * shake
         if off[path] > allowed:
             return Finding(False, off[path], allowed, path)
         if number and allowed <= _TELLING and bool(torch.isfinite(torch.as_tensor(before[path])).any()):
@@ -191,10 +203,4 @@ def _in_float64(given: nn.Module, steps: list[Step]) -> tuple[nn.Module, nn.Modu
 
 
 def _doubled(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.double() if tree.is_floating_point() else tree
-    if isinstance(tree, (tuple, list)):
-        return [_doubled(item) for item in tree]
-    if isinstance(tree, Mapping):
-        return {key: _doubled(tree[key]) for key in tree}
-    return tree
+    return each_tensor(lambda t: t.double() if t.is_floating_point() else t, tree)

@@ -9,13 +9,21 @@ from torch import nn
 from batchnorm.errors import ArgumentError, BatchNormError, TraceError
 from batchnorm.network.fold.check import check
 from batchnorm.network.fold.ways import Folding
-from batchnorm.network.inputs import copied
-from batchnorm.network.model import check_model
-from batchnorm.network.record import Record, write_record
+from batchnorm.network.inputs import Forward, check_forward, copied
+from batchnorm.network.model import Where, chooser, to_change
+from batchnorm.network.record import write_record
+from batchnorm.network.undo import Undo, keep_modules, keep_values
 from batchnorm.network.values.find import Flow, batch_norms, find_flow
 
 
-def fold(model: nn.Module, example: Any = None) -> nn.Module:
+def fold(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    where: Where = None,
+    forward: Forward = None,
+    inplace: bool = False,
+) -> nn.Module:
     """Fold every batch norm that can be into a neighbouring layer: a copy in eval mode, the given one untouched.
 
     In eval mode a batch norm is one scale and one shift a channel, and a layer takes both into its weight and
@@ -37,20 +45,28 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
     model : torch.nn.Module
         The network, in any mode.
     example : Tensor, tuple or dict, optional
-        An input: a tensor, positional arguments, or keyword arguments. With it, parts that can't be traced
-        are seen, and a norm behind a Linear layer is folded for the number of axes that the data has.
+        An input: a tensor, a tuple of what ``forward`` requires, or keyword arguments. Without it one is
+        made up where the network says enough about itself. With it, a norm behind a Linear layer is folded
+        for the number of axes that the data has.
+    where : str or callable, optional
+        Which norms may go: a pattern for names (``"layer4.*"``), or ``where(name, module)``. All by default.
+    forward : callable, optional
+        ``forward(model, batch)`` calls the network, where ``model(batch)`` is not how it takes one.
+    inplace : bool, default False
+        True changes the given network itself, which holds on to its modules and Parameters.
 
     Returns
     -------
     torch.nn.Module
-        Of the same class, in eval mode. A folded norm is now an Identity, so that names stay, and one that
-        ``torch.fx`` passes over, so that what stood around it can be fused; it is saved as torch's. What
-        ``insert`` made is a plain layer again. Dtype, device, memory format and ``requires_grad`` stay.
+        Of the same class (of a compiled, distributed or averaged model, that of the network inside), in eval
+        mode. A folded norm is now an Identity, so that names stay, and one that ``torch.fx`` passes over, so
+        that what stood around it can be fused; it is saved as torch's. What ``insert`` made is a plain layer
+        again. Dtype, device, memory format and ``requires_grad`` stay.
 
     Raises
     ------
     ArgumentError
-        ``model`` is no module, or is scripted.
+        ``model`` is no module, or is scripted or sharded.
     TraceError
         The network fails on the example.
     VerificationError
@@ -85,30 +101,29 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
     >>> torch.allclose(folded(x), net(x), atol=1e-5)
     True
     """
-    check_model(model, "fold")
-    if hasattr(model, "_orig_mod"):
-        raise ArgumentError(
-            "fold: a compiled module would go on running what was compiled.",
-            mend="fold the module it was made from (model._orig_mod), then compile.",
-        )
-    if not batch_norms(model):
-        return write_record(copied(model).eval(), Record())
+    model = to_change(model, "fold", inplace)
+    chosen = chooser(where, "fold")
+    check_forward(forward, "fold")
     # looked at is a copy: another thread may be serving the given network
-    model = copied(model)
-    flow = _look(model, example)
-    result = copied(model).eval()
-    work = Folding(model, result, flow, certain=example is not None, alone=flow.example is None)
-    work.fold_all()
-    if work.steps and flow.example is not None:
-        check(model, flow.example, result, work.steps)
-    if work.steps:
-        refuse_to_save(result)
-    return write_record(result, work.record())
+    before = copied(model)
+    flow = _look(before, example, forward) if batch_norms(model) else Flow(before, [])
+    result = model if inplace else copied(model)
+    undo = Undo()
+    with undo, undo:
+        if inplace:
+            keep_modules(undo, list(model.modules()))
+            keep_values(undo, list(model.parameters()))
+        work = Folding(flow, result.eval(), chosen, certain=example is not None)
+        work.fold_all()
+        if work.steps:
+            check(before, flow.example, result, work.steps, forward)
+            refuse_to_save(result)
+        return write_record(result, work.record())
 
 
-def _look(model: nn.Module, example: Any) -> Flow:
+def _look(model: nn.Module, example: Any, forward: Forward) -> Flow:
     try:
-        return find_flow(model, example, make_up=True)
+        return find_flow(model, example, forward=forward)
     except BatchNormError:
         raise
     except Exception as error:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.errors import ShapeError
 from batchnorm.network.fold.affine import (
     Affine,
     affine_of,
@@ -25,82 +24,31 @@ from batchnorm.network.fold.affine import (
     foldable_layer,
     own_forward,
 )
-from batchnorm.network.fold.axes import Axis, follow_axis
+from batchnorm.network.fold.axes import Axis
+from batchnorm.network.fold.remains import FoldedAway, FoldedNorm
 from batchnorm.network.normalized import Normalized
 from batchnorm.network.record import Record
 from batchnorm.network.values.find import Flow, Unproven, batch_norms
 from batchnorm.network.values.modules import LAYERS, has_hooks, is_layer
-from batchnorm.network.values.values import Call
+from batchnorm.network.values.values import Call, Value
 
 TOOL = "fold"
 
 
-class FoldedAway(nn.Identity):
-    """What stands where a norm was: nothing is done, and the name stays.
-
-    Not of ``torch.nn``, so ``torch.fx`` takes it for no step, and a layer and an activation around it are
-    neighbours to whoever fuses them. It is pickled as ``torch.nn.Identity``: a folded network that is saved
-    whole loads where this package is not installed.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedAway:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return nn.Identity, (), self.__dict__
-
-
-class FoldedNorm(nn.Identity):
-    """What stands for a folded norm of a Linear layer when the number of axes of its data was not known.
-
-    The fold is right for (N, C) data, where the features are the norm's channels. On (N, L, C) data the norm
-    would have taken L for the channels, so such data is refused here.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Hand on the input.
-
-        Parameters
-        ----------
-        input : Tensor, shape (N, C)
-            Output of the folded layer.
-
-        Returns
-        -------
-        Tensor
-            ``input``.
-
-        Raises
-        ------
-        ShapeError
-            ``input`` has another number of axes.
-        """
-        if isinstance(input, Tensor) and input.dim() != 2:  # no tensor: a tracer looks on
-            raise ShapeError(
-                f"fold: a norm was folded into a Linear layer for (N, C) data, and this is {tuple(input.shape)}.",
-                why="on more axes the norm's channels are not the layer's features.",
-                mend="fold(model, example=...) with data of this kind says what can be folded.",
-            )
-        return input
-
-
 @dataclass
 class Folding:
-    """One fold under way: planned on the flow of ``model``, done on ``result``.
+    """One fold under way: planned on the flow of one copy of a network, done on ``result``.
 
     Parameters
     ----------
-    model, result : torch.nn.Module
-        The given network, which is only looked at, and its copy, which is changed.
     flow : Flow
-        Of ``model`` in eval mode.
+        In eval mode.
+    result : torch.nn.Module
+        What is changed.
+    chosen : callable
+        Whether a norm may go, by its name and itself.
     certain : bool
         Whether the number of axes seen is that of the user's data.
-    alone : bool
-        Whether no run of the whole network can check the result, so that each layer must be checked alone.
     steps : list of tuple of str
         Done so far: way (``"before"``, ``"after"``, ``"norm"``), path of the norm, path of what took it.
     gone : set of int
@@ -113,11 +61,10 @@ class Folding:
         Path of a folded norm to where it went.
     """
 
-    model: nn.Module
-    result: nn.Module
     flow: Flow
+    result: nn.Module
+    chosen: Callable[[str, nn.Module], bool]
     certain: bool
-    alone: bool
     steps: list[tuple[str, str, str]] = field(default_factory=list)
     gone: set[int] = field(default_factory=set)
     affines: dict[int, Affine] = field(default_factory=dict)
@@ -127,7 +74,7 @@ class Folding:
     def __post_init__(self) -> None:
         self.owners: dict[int, set[str]] = {}
         self.held: dict[int, str] = {}
-        for path, module in self.model.named_modules():
+        for path, module in self.flow.model.named_modules():
             for tensor in module._parameters.values():
                 if tensor is not None:
                     self.owners.setdefault(id(tensor), set()).add(path)
@@ -139,7 +86,7 @@ class Folding:
     # -- the order of things ----------------------------------------------------------------------------
     def fold_all(self) -> None:
         """Fold every norm that can be: into the layer in front, else the one behind, else the norm in front."""
-        norms = [norm for _, norm in batch_norms(self.model)]
+        norms = [norm for _, norm in batch_norms(self.flow.model)]
         for norm in norms:
             self._attempt(norm, self._measure)
         norms = [norm for norm in norms if id(norm) in self.affines]
@@ -164,6 +111,8 @@ class Folding:
 
     def _measure(self, norm: nn.Module) -> None:
         path = self.flow.path(norm)
+        if not any(self.chosen(name, norm) for name in self.flow.names(norm)):
+            raise Unproven("where= does not mean it")
         if has_hooks(norm):
             raise Unproven("it has hooks")
         if id(norm) in self.held:
@@ -187,19 +136,21 @@ class Folding:
             raise Unproven(
                 f"it has {affine.scale.numel()} channels, and {self.flow.path(layer)} {channels_out(layer)}"
             )
-        known = False
+        straight = True
         for call in self.flow.calls(layer):
             axis: Axis | None = Axis.behind(call)
-            reader = self.flow.sole_reader(call.output)
-            value = call.output
+            value, reader = call.output, self.flow.sole_reader(call.output)
             while reader.module is not norm:
-                axis = self._pass(reader, axis, value.shape)
-                value = reader.output
-                reader = self.flow.sole_reader(value)
-            known = self._same_axis(axis, norm, layer) or known
-        straight = not self._is_reshaped(norm)
-        if not known and not straight:
-            raise Unproven(f"values are reshaped between {self.flow.path(layer)} and it; pass example=")
+                if not self._passes(reader):
+                    axis, straight = self._moved(reader, axis, value), False
+                value, reader = reader.output, self.flow.sole_reader(reader.output)
+            if axis is None:
+                raise Unproven(f"the channels of {self.flow.path(layer)} are lost in a reshape before it")
+            if not axis.is_same(affine.channel_dim):
+                raise Unproven(
+                    f"its channel axis is {affine.channel_dim}, and the channels of {self.flow.path(layer)} "
+                    f"are axis {axis.place} of {axis.rank}"
+                )
         guard = straight and not self.certain and isinstance(layer, nn.Linear) and affine.channel_dim >= 0
         self._change(norm, layer, affine, fold_into_before, after=False)
         rest = affine.tail
@@ -212,9 +163,7 @@ class Folding:
         for call in self.flow.calls(norm):
             if len(call.inputs) != 1:
                 raise Unproven("it is given a residual or a mask besides its input")
-            maker = call.inputs[0].producer
-            while maker is not None and maker.inputs and (self._passes(maker) or maker.op in Axis.MOVES):
-                maker = maker.inputs[0].producer
+            maker = self._maker(call, Axis.MOVES)
             if maker is None:
                 raise Unproven("no layer is seen in front of it")
             if maker.module is None or not is_layer(maker.module):
@@ -246,9 +195,7 @@ class Folding:
             return
         self._check_layer(layer, own=True)
         for call in self.flow.calls(layer):
-            maker = call.inputs[0].producer
-            while maker is not None and maker.inputs and self._passes(maker):
-                maker = maker.inputs[0].producer
+            maker = self._maker(call)
             if maker is None or maker.module is not norm:
                 raise Unproven(f"{self.flow.path(layer)} behind it also reads other values")
         if channels_in(layer) != affine.scale.numel():
@@ -260,7 +207,7 @@ class Folding:
             raise Unproven(f"{self.flow.path(layer)} behind it: {objection}")
         guard = False
         if isinstance(layer, nn.Linear):
-            ranks = {len(c.output.shape) for c in self.flow.calls(layer) if c.output.shape is not None}
+            ranks = {len(c.output.shape) for c in self.flow.calls(layer)}
             if affine.channel_dim >= 0 and ranks - {2}:
                 raise Unproven(
                     f"its channel axis is 1, and {self.flow.path(layer)} behind it reads the last of {max(ranks)}"
@@ -277,9 +224,7 @@ class Folding:
         affine = self.affines[id(norm)]
         first: nn.Module | None = None
         for call in self.flow.calls(norm):
-            maker = call.inputs[0].producer if len(call.inputs) == 1 else None
-            while maker is not None and maker.inputs and self._passes(maker):
-                maker = maker.inputs[0].producer
+            maker = self._maker(call) if len(call.inputs) == 1 else None
             if (
                 maker is None
                 or maker.module is None
@@ -323,39 +268,23 @@ class Folding:
             return _is_identity(self.affines[id(call.module)].tail)
         return call.passes_on
 
-    def _pass(self, reader: Call, axis: Axis | None, shape: tuple[int, ...] | None) -> Axis | None:
-        if self._passes(reader):
-            return axis
-        if (reader.op in Axis.MOVES and reader.module is None) or isinstance(reader.module, nn.Flatten):
-            return follow_axis(reader, axis, shape, reader.output.shape)
-        raise Unproven(f"the layer in front is also used by {reader.op} {reader.path}".strip())
+    def _maker(self, call: Call, through: frozenset[str] = frozenset()) -> Call | None:
+        """The call that made what a call reads, past what hands it on."""
+        maker = call.inputs[0].producer
+        while maker is not None and maker.inputs and (self._passes(maker) or maker.op in through):
+            maker = maker.inputs[0].producer
+        return maker
+
+    def _moved(self, reader: Call, axis: Axis | None, value: Value) -> Axis | None:
+        if reader.op not in Axis.MOVES:
+            raise Unproven(f"the layer in front is also used by {reader.op} {reader.path}".strip())
+        return axis.moved(reader, value.shape, reader.output.shape) if axis is not None else None
 
     def _reader(self, call: Call) -> Call:
         reader = self.flow.sole_reader(call.output)
         while self._passes(reader):
             reader = self.flow.sole_reader(reader.output)
         return reader
-
-    def _is_reshaped(self, norm: nn.Module) -> bool:
-        for call in self.flow.calls(norm):
-            maker = call.inputs[0].producer
-            while maker is not None and self._passes(maker) and maker.inputs:
-                maker = maker.inputs[0].producer
-            if maker is not None and maker.op in Axis.MOVES:
-                return True
-        return False
-
-    def _same_axis(self, axis: Axis | None, norm: nn.Module, layer: nn.Module) -> bool:
-        """Whether the layer's channels are known to be the norm's; raises when they are known not to be."""
-        if axis is None:
-            return False
-        same = axis.is_same(self.affines[id(norm)].channel_dim)
-        if same is False:
-            raise Unproven(
-                f"its channel axis is {self.affines[id(norm)].channel_dim}, and the channels of "
-                f"{self.flow.path(layer)} are axis {axis.place}" + (f" of {axis.rank}" if axis.rank else "")
-            )
-        return bool(same)
 
     def _check_layer(self, layer: nn.Module, *, own: bool) -> None:
         path = self.flow.path(layer)
@@ -388,7 +317,7 @@ class Folding:
     ) -> None:
         path = self.flow.path(layer)
         target: Any = self.result.get_submodule(path)
-        check = self.alone or not own_forward(layer, LAYERS)
+        check = not own_forward(layer, LAYERS)
         before: Any = copy.deepcopy(target) if check else None
         change(target, affine)
         if check:
@@ -431,7 +360,7 @@ class Folding:
             One row a norm.
         """
         told = Record()
-        for path, norm in batch_norms(self.model):
+        for path, norm in batch_norms(self.flow.model):
             kind = type(norm).__name__
             if path in self.done:
                 told.add(path, kind, "folded", self.done[path], tool=TOOL)

@@ -6,100 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from batchnorm.network.values import operations
+from batchnorm.network.values.activations import NONLINEAR_MODULES
 from batchnorm.network.values.find import Flow, Unproven
 from batchnorm.network.values.modules import LAYERS, is_norm
 from batchnorm.network.values.values import Call, Value
 
-_LAYER_FUNCTIONS = frozenset(
-    [
-        *("linear", "addmm", "convolution", "_convolution", "conv1d", "conv2d", "conv3d", "bilinear"),
-        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_head_attention_forward"),
-    ]
-)
-_NORM_FUNCTIONS = frozenset(
-    [
-        *("batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "instance_norm"),
-        *(
-            "layer_norm",
-            "native_layer_norm",
-            "group_norm",
-            "native_group_norm",
-            "rms_norm",
-            "local_response_norm",
-        ),
-        *(
-            "normalize",
-            "_fused_rms_norm",
-            "_batch_norm_with_update",
-            "_batch_norm_no_update",
-            "cudnn_batch_norm",
-        ),
-    ]
-)
-# what a value passes through without becoming something other than pre-activations
-_THROUGH = frozenset(
-    [
-        *(
-            "add",
-            "sub",
-            "mul",
-            "div",
-            "cat",
-            "concat",
-            "concatenate",
-            "stack",
-            "hstack",
-            "pad",
-            "constant_pad_nd",
-        ),
-        *(
-            "view",
-            "_unsafe_view",
-            "reshape",
-            "flatten",
-            "unflatten",
-            "transpose",
-            "permute",
-            "squeeze",
-            "unsqueeze",
-        ),
-        *(
-            "getitem",
-            "select",
-            "slice",
-            "narrow",
-            "chunk",
-            "split",
-            "split_with_sizes",
-            "unbind",
-            "expand",
-            "roll",
-        ),
-        *("contiguous", "clone", "detach", "alias", "to", "_to_copy", "float", "half", "type_as", "view_as"),
-        *("reshape_as", "dropout", "dropout2d", "native_dropout", "identity", "interpolate", "upsample"),
-        *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"),
-        *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
-        *("adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d"),
-        *(
-            "mean",
-            "sum",
-            "pixel_shuffle",
-            "pixel_unshuffle",
-            "movedim",
-            "swapaxes",
-            "neg",
-            "reflection_pad1d",
-        ),
-        *(
-            "reflection_pad2d",
-            "replication_pad1d",
-            "replication_pad2d",
-            "upsample_nearest2d",
-            "upsample_nearest1d",
-        ),
-        *("upsample_bilinear2d", "upsample_linear1d", "upsample_bicubic2d", "upsample_trilinear3d"),
-    ]
-)
 _THROUGH_MODULES = ("pooling", "padding", "upsampling", "pixelshuffle", "flatten", "dropout", "linear")
 
 
@@ -113,15 +25,15 @@ class Verdict:
         True for a hidden layer that is not normalized yet.
     reason : str
         Why not; or, for one that is, what stands behind it.
-    shape : tuple of int, or None
-        Shape of its output in the run on the example.
+    shape : tuple of int
+        Shape of its output.
     calls : list of Call
         Its calls in the views of the whole model.
     """
 
     insert: bool
     reason: str
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int, ...] = ()
     calls: list[Call] = field(default_factory=list)
 
 
@@ -144,9 +56,9 @@ def judge(flow: Flow, layer: nn.Module) -> Verdict:
         flow.calls(layer)
     except Unproven as why:
         return Verdict(False, str(why))
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int, ...] = ()
     behind, called = "", []
-    for view in flow.whole:
+    for view in flow.views:
         calls = [call for call in view.calls if call.module is layer]
         if len(calls) > 1:
             return Verdict(
@@ -154,13 +66,13 @@ def judge(flow: Flow, layer: nn.Module) -> Verdict:
             )
         for call in calls:
             called.append(call)
-            shape = call.output.shape or shape
+            shape = call.output.shape
             verdict = _judge_call(call)
             if not verdict.insert:
                 return verdict
             behind = verdict.reason
     if not called:
-        return Verdict(False, "where its output goes can't be seen; pass example=")
+        return Verdict(False, "no call of it was seen")
     return Verdict(True, behind, shape, called)
 
 
@@ -212,9 +124,9 @@ def kind_of(call: Call) -> str:
         ``"norm"``, ``"nonlinear"``, ``"layer"``, ``"through"`` (pre-activations come out) or ``"other"``.
     """
     module = call.module
-    if call.nonlinear:
-        return "nonlinear"
     if module is not None:
+        if isinstance(module, NONLINEAR_MODULES):
+            return "nonlinear"
         if is_norm(module):
             return "norm"
         if isinstance(module, LAYERS):
@@ -222,11 +134,13 @@ def kind_of(call: Call) -> str:
         home = type(module).__module__
         passes = home.startswith("torch.nn.modules.") and home.rsplit(".", 1)[-1] in _THROUGH_MODULES
         return "through" if passes and not isinstance(module, nn.Bilinear) else "other"
-    if call.op in _LAYER_FUNCTIONS:
+    if call.op in operations.NONLINEAR:
+        return "nonlinear"
+    if call.op in operations.LAYERS:
         return "layer"
-    if call.op in _NORM_FUNCTIONS:
+    if call.op in operations.NORMS:
         return "norm"
-    return "through" if call.op in _THROUGH else "other"
+    return "through" if call.op in operations.THROUGH else "other"
 
 
 def _reaches_layer(value: Value) -> bool:

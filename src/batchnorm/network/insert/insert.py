@@ -12,16 +12,26 @@ from torch import Tensor, nn
 from batchnorm.errors import ArgumentError, BatchNormError, DataError, TraceError, VerificationError
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.network.compare import apart, epsilon, tensors_in
-from batchnorm.network.inputs import batches_of, call_with, copied, move_to, run_batch, single_device
+from batchnorm.network.inputs import (
+    Forward,
+    batches_of,
+    check_forward,
+    copied,
+    move_to,
+    own,
+    run,
+    single_device,
+)
 from batchnorm.network.insert.hidden import Verdict, ends_residual_branch, judge
-from batchnorm.network.model import check_model, check_number
+from batchnorm.network.model import Where, check_number, chooser, to_change
 from batchnorm.network.modes import modes
 from batchnorm.network.normalized import Normalized
 from batchnorm.network.progress import watched
 from batchnorm.network.record import Record, write_record
-from batchnorm.network.undo import Undo, hook_after, set_modes, stop_gradients
+from batchnorm.network.undo import Undo, hook_after, keep_modules, set_modes, stop_gradients
 from batchnorm.network.values.find import Flow, find_flow
 from batchnorm.network.values.modules import is_layer
+from batchnorm.population import merge
 from batchnorm.validation import check_momentum
 
 _TOOL = "insert"
@@ -33,6 +43,9 @@ def insert(
     example: Any = None,
     data: Any = None,
     *,
+    where: Where = None,
+    forward: Forward = None,
+    inplace: bool = False,
     zero_init_residual: bool = False,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
@@ -54,13 +67,20 @@ def insert(
         The network, in any mode. It is copied, and looked at in eval and training mode without running its
         training forward on numbers.
     example : Tensor, tuple or dict, optional
-        An input: a tensor, positional arguments, or keyword arguments. With it networks that can't be
-        traced can be seen too, and the number of axes behind each Linear is known.
+        An input: a tensor, a tuple of what ``forward`` requires, or keyword arguments. Without it one is
+        made up where the network says enough about itself. With it the number of axes behind each Linear is
+        known.
     data : iterable of batches, or one Tensor, optional
         Preserve the network's function: ``gamma = sqrt(var + eps)`` and ``beta = mean + b`` (M5) from the
         mean and variance (divisor m, all values pooled) of each layer over this data, so that the result
-        answers in eval mode as the given network did, to rounding. A batch is a tensor, a mapping (keyword
-        arguments), or a tuple or list whose first element is the input. Read once.
+        answers in eval mode as the given network did, to rounding. A batch is as ``example``, and what lies
+        behind the input in a tuple, a label, is left out. Read once.
+    where : str or callable, optional
+        Which layers may get a norm: a pattern for names (``"layer4.*"``), or ``where(name, module)``. All by default.
+    forward : callable, optional
+        ``forward(model, batch)`` calls the network, where ``model(batch)`` is not how it takes one.
+    inplace : bool, default False
+        True changes the given network itself, which holds on to its modules and Parameters.
     zero_init_residual : bool, default False
         Begin with ``gamma = 0`` in the last inserted norm of each residual branch, so that every block
         begins as its shortcut. Contradicts ``data``.
@@ -113,26 +133,21 @@ def insert(
     >>> torch.allclose(normalized.eval()(x), net(x), atol=1e-6)
     True
     """
-    _check(model, data, zero_init_residual, eps, momentum)
+    given = to_change(model, _TOOL, inplace)
+    _check(given, data, zero_init_residual, eps, momentum)
+    check_forward(forward, _TOOL)
     # looked at is a copy: another thread may be serving the given network
-    return _insert(copied(model), example, data, zero_init_residual, eps, momentum, progress)
-
-
-def _insert(
-    model: nn.Module,
-    example: Any,
-    data: Any,
-    zero_init_residual: bool,
-    eps: float,
-    momentum: float | None,
-    progress: bool,
-) -> nn.Module:
+    model = copied(given)
     batches, first = _first_batch(data)
-    run = _runner(model, example, first)
-    flow = _look(model, run)
+    if example is None and first is not None:
+        example = first if forward else move_to(first, single_device(model))
+    flow = _look(model, example, forward)
     told = Record()
-    chosen = {path: verdict for path, layer, verdict in _verdicts(model, flow, told) if verdict.insert}
-    moments = _measure(model, list(chosen), batches, progress) if chosen and batches is not None else None
+    verdicts = _verdicts(model, flow, chooser(where, _TOOL), told)
+    chosen = {path: verdict for path, layer, verdict in verdicts if verdict.insert}
+    moments = None
+    if chosen and batches is not None:
+        moments = _measure(model, list(chosen), batches, progress, forward)
     for path in [path for path in chosen if moments is not None and path not in moments]:
         del chosen[path]
         told.leave(
@@ -141,24 +156,25 @@ def _insert(
             "the data never reaches it in eval mode",
             tool=_TOOL,
         )
-    result = copied(model)
     # a network that begins with a Linear takes any number of axes, so a made-up (N, C) tells nothing
     free = isinstance(flow.example, Tensor) and flow.example.dim() == 2
-    exact = run is not None or not free
-    for path, verdict in chosen.items():
-        _put(result, path, verdict, exact, eps, momentum, zero_init_residual, told)
-    if moments is not None:
-        for path in chosen:
-            _preserve(result.get_submodule(path), model.get_submodule(path), *moments[path])
-    if chosen and run is not None:
-        _verify(model, result, run, same=batches is not None)
-    order = {path: place for place, (path, _) in enumerate(model.named_modules())}
-    told.rows.sort(key=lambda row: order[row.path])
-    return write_record(result, told)
+    exact = example is not None or not free
+    result, undo = given if inplace else copied(model), Undo()
+    with undo, undo:
+        keep_modules(undo, list(result.modules()))
+        for path, verdict in chosen.items():
+            _put(result, path, verdict, exact, eps, momentum, zero_init_residual, told)
+        if moments is not None:
+            for path in chosen:
+                _preserve(result.get_submodule(path), model.get_submodule(path), *moments[path])
+        if chosen and example is not None:
+            _verify(model, result, example, forward, same=batches is not None)
+        order = {path: place for place, (path, _) in enumerate(model.named_modules())}
+        told.rows.sort(key=lambda row: order[row.path])
+        return write_record(result, told)
 
 
 def _check(model: nn.Module, data: Any, zero_init_residual: bool, eps: float, momentum: float | None) -> None:
-    check_model(model, _TOOL)
     lazy = [p for p, m in model.named_modules() if isinstance(m, nn.modules.lazy.LazyModuleMixin)]
     if lazy:
         raise ArgumentError(
@@ -194,19 +210,9 @@ def _first_batch(data: Any) -> tuple[Iterable[Any] | None, Any]:
     return itertools.chain([first], stream), first
 
 
-def _runner(model: nn.Module, example: Any, first: Any) -> Callable[[nn.Module], Any] | None:
-    if example is not None:
-        return lambda network: call_with(network, example)
-    if first is None:
-        return None
-    device = single_device(model)
-    batch = first if device is None else move_to(first, device)
-    return lambda network: run_batch(network, batch, _TOOL)
-
-
-def _look(model: nn.Module, run: Callable[[nn.Module], Any] | None) -> Flow:
+def _look(model: nn.Module, example: Any, forward: Forward) -> Flow:
     try:
-        flow = find_flow(model, modes_needed=(False, True), run=run, make_up=True)
+        flow = find_flow(model, example, modes_needed=(False, True), forward=forward)
     except BatchNormError:
         raise
     except Exception as error:
@@ -214,18 +220,18 @@ def _look(model: nn.Module, run: Callable[[nn.Module], Any] | None) -> Flow:
             f"insert: the network fails on the example: {type(error).__name__}: {error}",
             mend="give an input that the network takes in eval mode.",
         ) from error
-    # layers that the symbolic look at training missed may be judged by the run
-    flow.modes = (False,)
-    if not flow.whole and any(is_layer(m) for m in model.modules()):
+    if not flow.views and any(is_layer(m) for m in model.modules()):
         raise TraceError(
-            f"insert: the flow of values through {type(model).__name__} can't be seen: {flow.unseen.get('', '')}.",
+            f"insert: the flow of values through {type(model).__name__} can't be seen: {flow.why}.",
             why="without it nobody can tell a hidden layer from an output layer.",
             mend="pass example=, an input for one run.",
         )
     return flow
 
 
-def _verdicts(model: nn.Module, flow: Flow, told: Record) -> list[tuple[str, nn.Module, Verdict]]:
+def _verdicts(
+    model: nn.Module, flow: Flow, meant: Callable[[str, nn.Module], bool], told: Record
+) -> list[tuple[str, nn.Module, Verdict]]:
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for tensor in module._parameters.values():
@@ -235,17 +241,10 @@ def _verdicts(model: nn.Module, flow: Flow, told: Record) -> list[tuple[str, nn.
     for path, layer in model.named_modules():
         if not is_layer(layer):
             continue
-        reason = _obstacle(layer, path, flow, owners)
+        reason = _obstacle(layer, path, flow, owners) if meant(path, layer) else "where= does not mean it"
         verdict = Verdict(False, reason) if reason else judge(flow, layer)
-        axes = _axes(layer)
-        if (
-            verdict.insert
-            and verdict.shape is not None
-            and axes is not None
-            and len(verdict.shape) != axes + 2
-        ):
-            verdict = Verdict(False, f"its output of shape {verdict.shape} has no batch axis")
-        elif verdict.insert and verdict.shape is not None and not 2 <= len(verdict.shape) <= 5:
+        axes, rank = _axes(layer), len(verdict.shape)
+        if verdict.insert and not (2 <= rank <= 5 and axes in (None, rank - 2)):
             verdict = Verdict(
                 False, f"its output of shape {verdict.shape} has no batch axis, or too many axes"
             )
@@ -296,7 +295,7 @@ def _put(
     layer = result.get_submodule(path)
     axes = _axes(layer)
     channels = int(layer.out_features if axes is None else layer.out_channels)  # type: ignore[arg-type]
-    rank = len(verdict.shape) if verdict.shape is not None and exact else None
+    rank = len(verdict.shape) if exact else None
     kind = _BY_AXES[max((rank or 3) - 2, 1) if axes is None else axes]
     last = axes is None and rank != 2
     weight = layer.weight
@@ -319,10 +318,10 @@ def _put(
 
 
 def _measure(
-    model: nn.Module, paths: list[str], batches: Iterable[Any], progress: bool
-) -> dict[str, tuple[int, Tensor, Tensor]]:
+    model: nn.Module, paths: list[str], batches: Iterable[Any], progress: bool, forward: Forward
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Count, mean and sum of squared deviations of each layer's output, pooled over all batches, float64."""
-    pooled: dict[str, tuple[int, Tensor, Tensor]] = {}
+    pooled: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def hook(path: str) -> Callable[..., None]:
         def take(layer: nn.Module, args: Any, output: Tensor) -> None:
@@ -330,9 +329,9 @@ def _measure(
             rows = output.detach().movedim(axis, -1).flatten(0, -2).to(torch.float64)
             if rows.shape[0] == 0:
                 return
-            mean = rows.mean(0)
-            fresh = (rows.shape[0], mean, (rows - mean).square().sum(0))
-            pooled[path] = _merge(pooled[path], fresh) if path in pooled else fresh
+            mean, count = rows.mean(0), rows.new_tensor(rows.shape[0])
+            fresh = (count, mean, (rows - mean).square().sum(0))
+            pooled[path] = merge(*pooled[path], *fresh) if path in pooled else fresh
 
         return take
 
@@ -344,12 +343,12 @@ def _measure(
         set_modes(end, model, False)
         stop_gradients(end)
         for batch in watched(batches, "keeping the function", progress):
-            run_batch(model, batch if device is None else move_to(batch, device), _TOOL)
+            run(model, batch if forward else move_to(batch, device), _TOOL, forward)
         _check_finite(pooled)
     return pooled
 
 
-def _check_finite(pooled: dict[str, tuple[int, Tensor, Tensor]]) -> None:
+def _check_finite(pooled: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
     for path, (_, mean, m2) in pooled.items():
         if not bool(torch.isfinite(mean).all() and torch.isfinite(m2).all()):
             raise DataError(
@@ -359,14 +358,8 @@ def _check_finite(pooled: dict[str, tuple[int, Tensor, Tensor]]) -> None:
             )
 
 
-def _merge(a: tuple[int, Tensor, Tensor], b: tuple[int, Tensor, Tensor]) -> tuple[int, Tensor, Tensor]:
-    # Chan, Golub and LeVeque 1983: exact for the union whatever the split
-    count, step = a[0] + b[0], b[1] - a[1]
-    return count, a[1] + step * (b[0] / count), a[2] + b[2] + step.square() * (a[0] * b[0] / count)
-
-
 @torch.no_grad()
-def _preserve(pair: nn.Module, original: nn.Module, count: int, mean: Tensor, m2: Tensor) -> None:
+def _preserve(pair: nn.Module, original: nn.Module, count: Tensor, mean: Tensor, m2: Tensor) -> None:
     """Make the norm undo itself on the data: gamma = sqrt(var + eps), beta = mean of z with its bias."""
     norm: Any = pair.norm
     dropped = original._parameters.get("bias")
@@ -381,13 +374,13 @@ def _preserve(pair: nn.Module, original: nn.Module, count: int, mean: Tensor, m2
     norm.num_batches_tracked.fill_(1)
 
 
-def _verify(model: nn.Module, result: nn.Module, run: Callable[[nn.Module], Any], *, same: bool) -> None:
+def _verify(model: nn.Module, result: nn.Module, example: Any, forward: Forward, *, same: bool) -> None:
     state = torch.get_rng_state()
     try:
         with torch.no_grad(), modes(model, False), modes(result, False):
-            before = list(tensors_in(run(model)))
+            before = list(tensors_in(run(model, own(example), _TOOL, forward)))
             torch.set_rng_state(state)
-            after = list(tensors_in(run(result)))
+            after = list(tensors_in(run(result, own(example), _TOOL, forward)))
     except Exception as error:
         raise VerificationError(
             f"insert: the normalized network fails on the example: {type(error).__name__}: {error}",

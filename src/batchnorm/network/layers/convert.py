@@ -11,10 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import Layer
-from batchnorm.network.inputs import call_with
+from batchnorm.network.inputs import Forward, check_forward, copied, own, run
 from batchnorm.network.layers.adopt import OURS, TORCH, become_ours, become_torch, torch_base, why_not_plain
 from batchnorm.network.layers.frozen import FrozenBatchNorm
-from batchnorm.network.model import check_model, check_number
+from batchnorm.network.model import Where, check_model, check_number, chooser, unwrapped
 from batchnorm.network.record import ATTRIBUTE, Record, write_record
 from batchnorm.network.undo import Undo, hook_before, keep_attribute, keep_modules, set_modes, stop_gradients
 from batchnorm.network.values.modules import CONVOLUTIONS, TRANSPOSED, is_frozen_lookalike
@@ -54,6 +54,9 @@ def convert(
     example: Any = None,
     groups: int = 32,
     process_group: Any = None,
+    where: Where = None,
+    forward: Forward = None,
+    inplace: bool = True,
 ) -> nn.Module:
     """Turn every batch norm of a network into another kind of layer.
 
@@ -63,7 +66,7 @@ def convert(
     Parameters
     ----------
     model : Module
-        Any network. Changed in place.
+        Any network.
     to : str
         ``"batchnorm"``: ours. ``"torch"``: ``torch.nn.BatchNorm1d/2d/3d``. ``"sync"``:
         ``torch.nn.SyncBatchNorm``. ``"frozen"``: fixed statistics, gamma and beta, as in the
@@ -73,18 +76,24 @@ def convert(
         ``torch.nn.InstanceNorm1d/2d/3d``, for batches too small for statistics. They compute something
         else: train on, or from the start.
     example : Tensor, tuple, dict, or None
-        An input for one run in eval mode, to see the number of axes of what enters a layer that does not
-        say whether it is 1d, 2d or 3d (``SyncBatchNorm``). By default the layer before it tells.
+        An input, as for `fold`, for one run in eval mode, to see the number of axes of what enters a layer
+        that does not say whether it is 1d, 2d or 3d (``SyncBatchNorm``). By default the layer before it tells.
     groups : int, default 32
         For ``"group"``: the most groups. The number taken is the largest that divides the channels and
         leaves at least two in a group.
     process_group : object, optional
         For ``"sync"``: the ranks that pool their statistics; by default all.
+    where : str or callable, optional
+        Which layers: a pattern for names (``"layer4.*"``), or ``where(name, module)``. All by default.
+    forward : callable, optional
+        ``forward(model, example)`` calls the network, where ``model(example)`` is not how it takes one.
+    inplace : bool, default True
+        False leaves the given network as it is, and changes a copy.
 
     Returns
     -------
     Module
-        ``model``. ``batchnorm.record(model)`` names every layer converted, and every one left alone with
+        ``model``, or its copy. ``batchnorm.record`` of it names every layer converted, and every one left alone with
         the reason.
 
     Raises
@@ -112,9 +121,15 @@ def convert(
         raise ArgumentError(f"convert: to={to!r} is unknown.", mend=f"one of {', '.join(Kind.__args__)}.")  # type: ignore[attr-defined]
     check_number(_TOOL, "groups", groups, "a positive whole number", lambda n: n >= 1 and n == int(n))
     check_model(model, _TOOL)
+    model, chosen = model if inplace else copied(unwrapped(model)), chooser(where, _TOOL)
+    check_forward(forward, _TOOL)
     told = Record()
-    layers = [(p, m) for p, m in model.named_modules() if isinstance(m, _BatchNorm) or _is_frozen(m)]
-    axes = _axes_seen(model, [m for _, m in layers], example)
+    layers = [
+        (path, m)
+        for path, m in model.named_modules()
+        if (isinstance(m, _BatchNorm) or _is_frozen(m)) and chosen(path, m)
+    ]
+    axes = _axes_seen(model, [m for _, m in layers], example, forward)
     undo = Undo()
     with undo, undo:
         for path, layer in layers:
@@ -321,7 +336,7 @@ class _Finder:
         )
 
 
-def _axes_seen(model: nn.Module, layers: list[nn.Module], example: Any) -> dict[int, int]:
+def _axes_seen(model: nn.Module, layers: list[nn.Module], example: Any, forward: Forward) -> dict[int, int]:
     if example is None:
         return {}
     seen: dict[int, int] = {}
@@ -335,7 +350,7 @@ def _axes_seen(model: nn.Module, layers: list[nn.Module], example: Any) -> dict[
         for layer in layers:
             hook_before(end, layer, look)
         stop_gradients(end)
-        call_with(model, example)
+        run(model, own(example), _TOOL, forward)
     return seen
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, DataError, ShapeError
+from batchnorm.network.inputs import copied
 from batchnorm.network.layers.foreign_order import in_order
-from batchnorm.network.model import check_model, check_number
+from batchnorm.network.model import check_model, check_number, unwrapped
 from batchnorm.network.record import Record, write_record
 from batchnorm.network.undo import Undo, keep_modules, keep_values, write_together
 
@@ -32,6 +33,7 @@ def load_keras(
     momentum: float = 0.99,
     epsilon: float = 1e-3,
     names: Names = None,
+    inplace: bool = True,
 ) -> nn.Module:
     """Give batch-norm layers the values, epsilon and momentum of Keras' ``BatchNormalization``.
 
@@ -44,7 +46,7 @@ def load_keras(
     Parameters
     ----------
     model : Module
-        A batch-norm layer, or a network that holds some. Changed in place.
+        A batch-norm layer, or a network that holds some.
     weights : mapping, or list of arrays
         For a layer: arrays of shape (C,) named ``gamma``, ``beta``, ``moving_mean``, ``moving_variance``; or
         what its ``get_weights()`` lists. For a network: the same under the layers' names, nested or flat
@@ -61,10 +63,13 @@ def load_keras(
         ``/`` for ``.``; ``"order"`` pairs the layers in the order in which both sides list them, where numbers
         in names count as numbers (``bn_2`` before ``bn_10``). An order that contradicts them is refused.
 
+    inplace : bool, default True
+        False leaves the given network as it is, and changes a copy.
+
     Returns
     -------
     Module
-        ``model``.
+        ``model``, or its copy.
 
     Raises
     ------
@@ -91,6 +96,7 @@ def load_keras(
     (0.001, 0.01)
     """
     _check(model, momentum, epsilon, names, "load_keras")
+    model = model if inplace else copied(unwrapped(model))
     if isinstance(weights, (list, tuple)):
         if not isinstance(model, _BatchNorm):
             raise ArgumentError(
@@ -111,6 +117,7 @@ def load_flax(
     momentum: float = 0.99,
     epsilon: float = 1e-5,
     names: Names = None,
+    inplace: bool = True,
 ) -> nn.Module:
     """Give batch-norm layers the values, epsilon and momentum of flax' ``BatchNorm``.
 
@@ -120,7 +127,7 @@ def load_flax(
     Parameters
     ----------
     model : Module
-        A batch-norm layer, or a network that holds some. Changed in place.
+        A batch-norm layer, or a network that holds some.
     variables : mapping
         ``{"params": {...: {"scale", "bias"}}, "batch_stats": {...: {"mean", "var"}}}`` with arrays of shape
         (C,), nested by module name as flax nests them; for a single layer without the names. Entries of
@@ -134,10 +141,13 @@ def load_flax(
         its dictionaries, so ``"order"`` goes by the numbers at the end of its automatic names, and by the
         numbers of channels where layers with other names stand beside them; it refuses where neither tells.
 
+    inplace : bool, default True
+        False leaves the given network as it is, and changes a copy.
+
     Returns
     -------
     Module
-        ``model``.
+        ``model``, or its copy.
 
     Raises
     ------
@@ -165,6 +175,7 @@ def load_flax(
     [1.0, 1.0]
     """
     _check(model, momentum, epsilon, names, "load_flax")
+    model = model if inplace else copied(unwrapped(model))
     if not isinstance(_checked(variables, "load_flax", "variables").get("batch_stats"), Mapping):
         raise DataError(
             "load_flax: variables has no 'batch_stats'.",

@@ -57,7 +57,7 @@ class _NormThenChildren(Understood):
         layer: Any = self
         children = [m for m in layer._modules.values() if m is not None and type(m) is not nn.Identity]
         hooked = any(m is not None and has_hooks(m) for m in layer._modules.values())
-        name = activation_name(children[0], "", {}) if len(children) == 1 else None
+        name = activation_name(children[0]) if len(children) == 1 else None
         if name is not None and not hooked:
             return layer._forward(input, None, None, "zero", name)
         y = layer._forward(input, None, None, "zero")

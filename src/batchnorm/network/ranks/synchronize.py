@@ -11,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.distributed.groups import WORLD, Names, initialised, names_of
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import BatchNorm2d, Layer
+from batchnorm.network.inputs import copied
 from batchnorm.network.layers.adopt import become_ours, become_torch
 from batchnorm.network.layers.subclasses import adopt_subclass
-from batchnorm.network.model import check_model
+from batchnorm.network.model import Where, check_model, chooser, unwrapped
 from batchnorm.network.record import ATTRIBUTE, Record, write_record
 from batchnorm.network.undo import Undo, keep_attribute, keep_modules
 
@@ -30,7 +31,9 @@ class _Impossible(Exception):
     """A layer stays as it is; the text says why."""
 
 
-def synchronize(model: nn.Module, group: Any = None) -> nn.Module:
+def synchronize(
+    model: nn.Module, group: Any = None, *, where: Where = None, inplace: bool = True
+) -> nn.Module:
     """Pool the training statistics of every batch norm over the ranks of a process group.
 
     Then the layers normalize with mean and variance of all ranks' values, weighted by how many each has (a
@@ -45,19 +48,23 @@ def synchronize(model: nn.Module, group: Any = None) -> nn.Module:
     Parameters
     ----------
     model : Module
-        The network, before it is wrapped (``DistributedDataParallel``, ``fully_shard``) or after; changed in
-        place. Call it on every rank.
+        The network, before it is wrapped (``DistributedDataParallel``, ``fully_shard``) or after. Call it on
+        every rank.
     group : None, str, ProcessGroup or DeviceMesh
         None or ``"world"``: all ranks, looked up when a batch comes, so that it may be called before
         ``init_process_group``. A mesh with two dimensions: pooled along the last, then along the first; fewer
         bytes for many ranks. ``"own"``: all ranks, in a new process group that nothing else uses, so that no
         other collective is ever mistaken for one of these. A ``torch.nn.SyncBatchNorm`` keeps its own group
         under None.
+    where : str or callable, optional
+        Which layers: a pattern for names (``"layer4.*"``), or ``where(name, module)``. All by default.
+    inplace : bool, default True
+        False leaves the given network as it is, and changes a copy.
 
     Returns
     -------
     Module
-        ``model``. ``batchnorm.record(model)`` names every layer, and those left alone with the reason.
+        ``model``, or its copy. ``batchnorm.record(model)`` names every layer, and those left alone with the reason.
 
     Raises
     ------
@@ -80,9 +87,10 @@ def synchronize(model: nn.Module, group: Any = None) -> nn.Module:
     True
     """
     check_model(model, _TOOL)
+    chosen, model = chooser(where, _TOOL), model if inplace else copied(unwrapped(model))
     names = _own_group() if isinstance(group, str) and group == "own" else names_of(group)
     told = Record()
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, _BatchNorm) and chosen(path, m)]
     for path, layer in layers:
         if getattr(layer, "virtual_batch_size", None) is not None:
             raise ArgumentError(
@@ -109,19 +117,21 @@ def synchronize(model: nn.Module, group: Any = None) -> nn.Module:
         return write_record(model, told)
 
 
-def desynchronize(model: nn.Module) -> nn.Module:
+def desynchronize(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """Undo `synchronize`: every layer has its class and group from before, and keeps what it has learned.
 
     Parameters
     ----------
     model : Module
-        The network, changed in place.
+        The network.
+    inplace : bool, default True
+        False leaves the given network as it is, and changes a copy.
 
     Returns
     -------
     Module
-        ``model``. ``batchnorm.record(model)`` names every layer; one with an option that its class of before
-        does not have stays ours, without pooling.
+        ``model``, or its copy. ``batchnorm.record(model)`` names every layer; one with an option that its class
+        of before does not have stays ours, without pooling.
 
     Raises
     ------
@@ -136,6 +146,7 @@ def desynchronize(model: nn.Module) -> nn.Module:
     'SyncBatchNorm'
     """
     check_model(model, "desynchronize")
+    model = model if inplace else copied(unwrapped(model))
     told, undo = Record(), Undo()
     with undo, undo:
         keep_modules(undo, list(model.modules()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -14,8 +13,9 @@ from batchnorm.errors import ArgumentError, ShapeError
 from batchnorm.kernels.select import select
 from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.modules import Layer
-from batchnorm.network.inputs import FORWARD, move_to, run_batch, single_device
-from batchnorm.network.model import check_model, check_number
+from batchnorm.network.inputs import Forward, check_forward, copied, move_to, run, single_device
+from batchnorm.network.model import Where, check_model, check_number, chooser, unwrapped
+from batchnorm.network.record import Record, forget, write_record
 from batchnorm.network.undo import Undo, hook_before, set_modes, stop_gradients, write_together
 from batchnorm.population import blend, merge
 from batchnorm.validation import spread_mask
@@ -76,25 +76,30 @@ class adapt:
     adapted layers before it put out.
 
     The statistics stay adapted until `restore` is called. Used in a ``with`` statement, the source
-    statistics come back when the block ends, whatever happens in it. Only ``running_mean`` and
-    ``running_var`` are written, in eval mode, for our layers and torch's; frozen layers too, for to freeze
-    is about training.
+    statistics come back when the block ends, whatever happens in it. ``batchnorm.record(model)`` names the
+    layers meanwhile. Only ``running_mean`` and ``running_var`` are written, in eval mode, for our layers and
+    torch's; frozen layers too, for to freeze is about training.
 
     Parameters
     ----------
     model : Module
         A trained network; its statistics are changed in place, its mode is not.
     batch : Tensor, tuple, list or mapping
-        Test inputs: a tensor, a tuple or list whose first element is the input, or keyword arguments.
+        Test inputs: a tensor, a tuple of what ``forward`` requires (a label behind it is left out), or
+        keyword arguments.
     prior : float, default 16
         How many samples the source statistics are worth. 0 keeps nothing of them; inf everything.
+    where : str or callable, optional
+        Which layers: a pattern for names (``"layer4.*"``), or ``where(name, module)``. All by default.
     forward : callable, optional
-        ``forward(model, batch)`` runs the model on a batch of any structure.
+        ``forward(model, batch)`` calls the network, where ``model(batch)`` is not how it takes one.
+    inplace : bool, default True
+        False adapts a copy, which is ``.model``.
 
     Raises
     ------
     ArgumentError
-        A negative prior, or a model without batch-norm statistics.
+        A negative prior, or a model without (such) batch-norm statistics.
     ShapeError
         The batch reaches no batch norm with a sample in it.
 
@@ -120,9 +125,12 @@ class adapt:
         batch: Any,
         prior: float = 16,
         *,
-        forward: Callable[[nn.Module, Any], Any] | None = None,
+        where: Where = None,
+        forward: Forward = None,
+        inplace: bool = True,
     ) -> None:
         check_model(model, "adapt")
+        model, chosen = model if inplace else copied(unwrapped(model)), chooser(where, "adapt")
         check_number(
             "adapt",
             "prior",
@@ -132,17 +140,20 @@ class adapt:
             why="it is a number of samples.",
             mend="16 suits small test batches; 0 uses the batch alone.",
         )
-        if forward is not None and not callable(forward):
-            raise ArgumentError(f"adapt: forward={forward!r} is no function.", mend=FORWARD)
-        layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        check_forward(forward, "adapt")
+        layers = {
+            path: m
+            for path, m in unwrapped(model).named_modules()
+            if isinstance(m, _BatchNorm) and m.running_mean is not None and chosen(path, m)
+        }
         if not layers:
             raise ArgumentError(
                 f"adapt: {type(model).__name__} has no batch norm with running statistics.",
                 why="there is nothing to blend.",
                 mend="a folded network has none left: adapt before you fold.",
             )
-        self.model, self.prior = model, prior
-        self._blenders = [_Blender(layer, prior) for layer in layers]
+        self.model, self.prior, self._told = model, prior, Record()
+        self._blenders = [_Blender(layer, prior) for layer in layers.values()]
         self._end = Undo(always=True)
         self._end.add(self.restore)
         device = single_device(model)
@@ -155,19 +166,21 @@ class adapt:
                     hook_before(end, blender.layer, blender.observe)
                 stop_gradients(end)
                 with torch.compiler.set_stance("force_eager"):
-                    if forward is not None:
-                        forward(model, batch)
-                    else:
-                        run_batch(model, batch if device is None else move_to(batch, device), "adapt")
+                    run(model, batch if forward else move_to(batch, device), "adapt", forward)
             if not any(blender.samples for blender in self._blenders):
                 raise ShapeError(
                     "adapt: the batch holds no sample, or reaches no batch norm.",
                     why="there is nothing to adapt to.",
                     mend="give at least one input of the kind the model takes.",
                 )
+            for (path, layer), blender in zip(layers.items(), self._blenders, strict=True):
+                detail = f"{blender.samples} samples, the source worth {prior:g}"
+                self._told.add(path, type(layer).__name__, "adapted", detail, tool="adapt")
+            write_record(model, self._told)
 
     def restore(self) -> None:
         """Give every layer its source statistics back; it may be called again."""
+        forget(self.model, self._told.rows)
         write_together(
             [buffer for blender in self._blenders for buffer in blender.buffers()],
             [value for blender in self._blenders for value in blender.source],

@@ -16,8 +16,8 @@ from batchnorm.domain import active_domain
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm.layout import channel_axis
 from batchnorm.modules import Layer
-from batchnorm.network.inputs import FORWARD, batches_of, move_to, run_batch, single_device
-from batchnorm.network.model import check_model, check_number
+from batchnorm.network.inputs import Forward, batches_of, check_forward, copied, move_to, run, single_device
+from batchnorm.network.model import Where, check_model, check_number, chooser, unwrapped
 from batchnorm.network.progress import watched
 from batchnorm.network.ranks.shards import Shards, pool
 from batchnorm.network.record import ATTRIBUTE, Record, write_record
@@ -33,7 +33,6 @@ from batchnorm.network.undo import (
 from batchnorm.population import merge
 
 Estimator = Literal["pooled", "average", "moving"]
-Forward = Callable[[nn.Module, Any], Any]
 
 _ESTIMATORS = ("pooled", "average", "moving")
 # elements that are widened to float64 at a time: bounds the extra memory at 32 MiB
@@ -46,7 +45,9 @@ def calibrate(
     *,
     estimator: Estimator = "pooled",
     momentum: float = 0.1,
-    forward: Forward | None = None,
+    where: Where = None,
+    forward: Forward = None,
+    inplace: bool = True,
     progress: bool = True,
     group: Any = None,
 ) -> nn.Module:
@@ -68,7 +69,7 @@ def calibrate(
         The network, in any mode. Modes and hooks are restored.
     data : iterable of batches, or one Tensor
         Read once; it need not have a length. A batch is a tensor, a mapping (given as keyword arguments), or
-        a tuple or list whose first element is the input, as loaders of (input, target) give it. Batches may
+        a tuple or list of what ``forward`` requires; what lies behind that, a label, is left out. Batches may
         be of different sizes. They are moved to the model's device when all of it is on one.
     estimator : {"pooled", "average", "moving"}, default "pooled"
         ``"pooled"``: mean and variance of all values together, merged in float64, the spread between batches
@@ -78,8 +79,12 @@ def calibrate(
     momentum : float in (0, 1], default 0.1
         Weight of the NEW batch, as everywhere in torch (Keras' momentum is 1 minus it). Only for
         ``"moving"``.
+    where : str or callable, optional
+        Which layers: a pattern for names (``"layer4.*"``), or ``where(name, module)``. All by default.
     forward : callable, optional
-        ``forward(model, batch)`` runs the model on a batch of any structure.
+        ``forward(model, batch)`` calls the network, where ``model(batch)`` is not how it takes one.
+    inplace : bool, default True
+        False leaves the given network as it is, and changes a copy.
     progress : bool, default True
         Show a progress bar when standard error is a terminal; over ranks, on the first.
     group : str, ProcessGroup, optional
@@ -132,6 +137,8 @@ def calibrate(
     True
     """
     check_model(model, "calibrate")
+    model = model if inplace else copied(unwrapped(model))
+    chosen = chooser(where, "calibrate")
     if not isinstance(estimator, str) or estimator not in _ESTIMATORS:
         raise ArgumentError(
             f"calibrate: estimator={estimator!r} is unknown.",
@@ -146,14 +153,13 @@ def calibrate(
             lambda share: 0 < share <= 1,
             why="it is the weight of the new batch; 0 would never look at the data.",
         )
-    if forward is not None and not callable(forward):
-        raise ArgumentError(f"calibrate: forward={forward!r} is no function.", mend=FORWARD)
+    check_forward(forward, "calibrate")
     told = Record()
     undo, measured = Undo(), Undo(always=True)
     shards: Shards | None = None
     with undo, undo:
         try:
-            meters, begun = _meters(model, estimator, momentum, told, undo)
+            meters, begun = _meters(unwrapped(model), chosen, estimator, momentum, told, undo)
             shards = Shards(list[Any](meters.values()), group)
             with measured, measured:
                 _measure(measured, model, meters)
@@ -190,10 +196,8 @@ def _run(model: nn.Module, batches: Iterable[Any], forward: Forward | None) -> i
     """Run the model on every batch; give their number."""
     device, number = single_device(model), 0
     for batch in batches:
-        if forward is not None:
-            forward(model, batch)
-        else:
-            run_batch(model, batch if device is None else move_to(batch, device), "calibrate")
+        # a forward of the caller's may want the batch as the loader gave it
+        run(model, batch if forward else move_to(batch, device), "calibrate", forward)
         number += 1
     return number
 
@@ -330,14 +334,19 @@ def _kind(layer: nn.Module) -> str:
 
 
 def _meters(
-    model: nn.Module, estimator: Estimator, momentum: float, told: Record, undo: Undo
+    model: nn.Module,
+    chosen: Callable[[str, nn.Module], bool],
+    estimator: Estimator,
+    momentum: float,
+    told: Record,
+    undo: Undo,
 ) -> tuple[dict[nn.Module, _Meter], list[Layer]]:
     """One meter for each layer that is to be measured, and the layers that began a domain for it."""
     meters: dict[nn.Module, _Meter] = {}
     begun: list[Layer] = []
     frozen = _put_in_eval(model)
     for path, layer in list(model.named_modules()):
-        if not isinstance(layer, _BatchNorm):
+        if not isinstance(layer, _BatchNorm) or not chosen(path, layer):
             continue
         reason = ""
         if layer.running_mean is None or layer.running_var is None:

@@ -10,13 +10,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import Layer
-from batchnorm.network.model import Where, check_model, chooser
+from batchnorm.network.inputs import copied
+from batchnorm.network.model import Where, check_model, chooser, unwrapped
 from batchnorm.network.record import ATTRIBUTE, Record, write_record
 from batchnorm.network.undo import Undo, keep_attribute
 
 
 def freeze(
-    model: nn.Module, statistics: bool = True, affine: bool = False, *, where: Where = None
+    model: nn.Module,
+    statistics: bool = True,
+    affine: bool = False,
+    *,
+    where: Where = None,
+    inplace: bool = True,
 ) -> nn.Module:
     """Freeze the batch norms of a model, so that ``.train()`` does not thaw them.
 
@@ -35,11 +41,13 @@ def freeze(
         Freeze gamma and beta. False leaves them as they are.
     where : str or callable, optional
         Which layers: a pattern for their names (``"layer4.*"``), or ``where(name, layer)``. All by default.
+    inplace : bool, default True
+        False leaves the given network as it is, and changes a copy.
 
     Returns
     -------
     Module
-        ``model``.
+        ``model``, or its copy; ``batchnorm.record`` of it names the layers.
 
     Raises
     ------
@@ -54,6 +62,8 @@ def freeze(
     >>> layer.frozen_statistics
     True
     """
+    check_model(model, "freeze")
+    model = model if inplace else copied(unwrapped(model))
     layers = _layers(model, "freeze", where)
     if statistics:
         for path, layer in layers.items():
@@ -75,7 +85,12 @@ def freeze(
 
 
 def unfreeze(
-    model: nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None
+    model: nn.Module,
+    statistics: bool = True,
+    affine: bool = True,
+    *,
+    where: Where = None,
+    inplace: bool = True,
 ) -> nn.Module:
     """Undo `freeze`.
 
@@ -89,11 +104,13 @@ def unfreeze(
         Let gamma and beta learn again, those that `freeze` stopped.
     where : str or callable, optional
         Which layers: a pattern for their names (``"layer4.*"``), or ``where(name, layer)``. All by default.
+    inplace : bool, default True
+        False leaves the given network as it is, and changes a copy.
 
     Returns
     -------
     Module
-        ``model``.
+        ``model``, or its copy; ``batchnorm.record`` of it names the layers.
 
     Raises
     ------
@@ -107,6 +124,8 @@ def unfreeze(
     >>> layer.frozen_statistics
     False
     """
+    check_model(model, "unfreeze")
+    model = model if inplace else copied(unwrapped(model))
     layers, undo = _layers(model, "unfreeze", where), Undo()
     with undo, undo:
         undo.add(partial(_set, _flags(layers)))
@@ -145,12 +164,11 @@ def _set(flags: list[tuple[Any, str, bool]]) -> None:
 
 
 def _layers(model: nn.Module, verb: str, where: Where) -> dict[str, Layer]:
-    check_model(model, verb)
     chosen = chooser(where, verb)
-    layers = {p: m for p, m in model.named_modules() if isinstance(m, Layer) and chosen(p, m)}
+    layers = {p: m for p, m in unwrapped(model).named_modules() if isinstance(m, Layer) and chosen(p, m)}
     strangers = [
         path
-        for path, module in model.named_modules()
+        for path, module in unwrapped(model).named_modules()
         if isinstance(module, _BatchNorm) and not isinstance(module, Layer) and chosen(path, module)
     ]
     if strangers:

@@ -1,34 +1,30 @@
 """One finding of layers and of how values flow between them, for every tool that changes a network.
 
-Evidence comes from symbolic tracing of the largest parts that can be followed (``tracing``) and, where an
-example input is at hand, from a real run (``watching``). A statement about a module holds when it holds in
-every view that calls the module; what cannot be seen raises :class:`Unproven` with the reason, which the
-tools write into their record.
+Evidence comes from runs (``observe``). A statement about a module holds when it holds in every view that
+calls the module; what cannot be seen raises :class:`Unproven` with the reason, which the tools write into
+their record.
 """
 
 from __future__ import annotations
 
-import dis
 import inspect
-import time
-import types
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from batchnorm.network.inputs import call_with, guesses
-from batchnorm.network.modes import modes
+from batchnorm.network.compare import tensors_in
+from batchnorm.network.inputs import Forward, run
+from batchnorm.network.made_up import guesses
 from batchnorm.network.values.modules import is_batch_norm
 from batchnorm.network.values.observe import watch
-from batchnorm.network.values.symbolic import follow
 from batchnorm.network.values.values import Call, Value, View
 
-# seconds after which no further made-up input is tried
-_PATIENCE = 3.0
+_NO_INPUT = "no input could be made up for it; pass example="
 
 
 class Unproven(Exception):
@@ -45,26 +41,16 @@ class Flow:
         The network looked at; nothing in it was changed.
     views : list of View
         Every look at a part of it.
-    unseen : dict
-        Path of a module whose own forward can't be followed, to the reason.
-    reads : dict
-        ``id`` of a parameter or buffer that code other than its own module's call reads, to the paths of
-        the modules whose forward does.
-    modes : tuple of bool
-        The training flags that a statement must hold for.
-    result : object
-        What the model returned for the example in eval mode; None without one.
     example : object
-        The input of that run; None without one.
+        The input of the runs; None where none was found.
+    why : str
+        Why there are no views; empty where there are.
     """
 
     model: nn.Module
     views: list[View]
-    unseen: dict[str, str]
-    reads: dict[int, set[str]]
-    modes: tuple[bool, ...] = (False,)
-    result: Any = None
     example: Any = None
+    why: str = ""
     _calls: dict[int, list[Call]] = field(default_factory=dict)
     _names: dict[int, list[str]] = field(default_factory=dict)
 
@@ -106,11 +92,6 @@ class Flow:
         """
         return self._names[id(module)]
 
-    @property
-    def whole(self) -> list[View]:
-        """Views of the whole model's forward, from its input to its output; may be empty."""
-        return [view for view in self.views if view.scope == ""]
-
     def calls(self, module: nn.Module) -> list[Call]:
         """Every call of a module, in every view.
 
@@ -131,13 +112,7 @@ class Flow:
         """
         calls = self._calls.get(id(module), [])
         if not calls:
-            raise Unproven(self._why_unseen(module))
-        for training in self.modes:
-            # where all above it was followed and no call was found, that mode does not call it
-            if not any(call.view.training is training for call in calls) and self._has_unseen_above(module):
-                raise Unproven(f"its flow can't be seen in {'training' if training else 'eval'} mode")
-        if not any(call.view.evidence == "run" for call in calls):
-            self._check_not_touched(module, {call.view.scope for call in calls})
+            raise Unproven(self.why or "no call of it was seen")
         return calls
 
     def sole_reader(self, value: Value) -> Call:
@@ -206,47 +181,8 @@ class Flow:
         tensors = [*module._parameters.values(), *module._buffers.values()]
         found: set[str] = set()
         for tensor in tensors:
-            found |= self.reads.get(id(tensor), set()) if tensor is not None else set()
+            found.update(*(view.reads.get(id(tensor), ()) for view in self.views if tensor is not None))
         return sorted(path or "(the model)" for path in found)
-
-    def _has_unseen_above(self, module: nn.Module) -> bool:
-        return any(above in self.unseen for name in self.names(module) for above in _ancestors(name))
-
-    # -- what was not seen ------------------------------------------------------------------------------
-    def _why_unseen(self, module: nn.Module) -> str:
-        for name in self.names(module):
-            for above in _ancestors(name):
-                if above in self.unseen:
-                    return f"the forward of {above or 'the model'} can't be followed ({self.unseen[above]})"
-        return "no call of it was seen"
-
-    def _check_not_touched(self, module: nn.Module, scopes: Iterable[str]) -> None:
-        names = self.names(module)
-        if len(names) > 1:
-            for name in names:
-                for above in _ancestors(name):
-                    if above in self.unseen:
-                        raise Unproven(
-                            f"it is registered {len(names)} times, and the forward of {above or 'the model'} "
-                            f"can't be followed ({self.unseen[above]})"
-                        )
-        modules = dict(self.model.named_modules())
-        for scope in scopes:
-            inside = [
-                n for name in names for n in name[len(scope) :].split(".") if name.startswith(scope) and n
-            ]
-            for above in _ancestors(scope):
-                if above not in self.unseen or above not in modules:
-                    continue
-                kind: Any = type(modules[above])
-                touched = _touched_by(kind)
-                methods = _own_methods(type(modules[scope]))
-                for name in [*inside, *sorted(methods)]:
-                    if name in touched and not name.isdigit():
-                        raise Unproven(
-                            f"the forward of {above or 'the model'}, which can't be followed "
-                            f"({self.unseen[above]}), may reach into {scope} for .{name}"
-                        )
 
 
 def find_flow(
@@ -254,29 +190,28 @@ def find_flow(
     example: Any = None,
     *,
     modes_needed: tuple[bool, ...] = (False,),
-    run: Callable[[nn.Module], Any] | None = None,
-    make_up: bool = False,
+    forward: Forward = None,
 ) -> Flow:
-    """Find how values flow through a network.
+    """Find how values flow through a network, in runs on one input.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any network. Nothing in it is changed: modes, buffers and attributes that a forward sets are put back.
-    example : Tensor, tuple, dict, or None
-        An input for one run in eval mode without gradients: a tensor, positional arguments, or keyword
-        arguments. With it, parts that can't be followed symbolically are seen as well.
+        Any network; a copy that nobody else uses, for it gets hooks meanwhile. Modes, buffers, attributes
+        and parts are put back.
+    example : Tensor, tuple, mapping or None
+        An input, as :func:`batchnorm.network.inputs.run` takes it. Without it inputs are made up from what
+        the network says about itself; two of them are looked at, for their sizes differ.
     modes_needed : tuple of bool
         Training flags for which statements must hold: ``(False,)`` for inference, ``(False, True)`` for both.
-    run : callable, optional
-        ``run(model)`` calls the model on an input of any structure, in place of ``example``.
-    make_up : bool, default False
-        Where no example is given, try inputs made up from what the model says about itself.
+        A mode in which the network fails is left out, but for the first one.
+    forward : callable, optional
+        ``forward(model, example)`` calls the network.
 
     Returns
     -------
     Flow
-        The views, and what could not be seen and why.
+        A view for each run. Arguments that are flags, or None unless given, are looked at both ways.
 
     Examples
     --------
@@ -287,39 +222,64 @@ def find_flow(
     >>> flow.next_call(flow.calls(net[0])[0]).path
     '1'
     """
-    views: list[View] = []
-    unseen: dict[str, str] = {}
-    reads: dict[int, set[str]] = {}
-    for training in modes_needed:
-        with modes(model, training):
-            found, missed, read = follow(model, training=training)
-        views += found
-        for path, reason in missed.items():
-            unseen.setdefault(path, reason)
-        for key, where in read.items():
-            reads.setdefault(key, set()).update(where)
-    state, begun = torch.get_rng_state(), time.monotonic()
+    state = torch.get_rng_state()
     try:
-        for given in guesses(model) if make_up and run is None and example is None else [example]:
-            if run is None and given is None:
-                continue
-            torch.set_rng_state(state)
-            call = run if run is not None else partial(call_with, example=given)
-            try:
-                view, read, result = watch(model, partial(call, model))
-            except Exception:
-                if not make_up or example is not None or run is not None:
-                    raise
-                if time.monotonic() - begun > _PATIENCE:
-                    break
-                continue
-            views.append(view)
-            for key, where in read.items():
-                reads.setdefault(key, set()).update(where)
-            return Flow(model, views, unseen, reads, modes_needed, result, given)
+        if example is not None:
+            return Flow(model, _views(model, example, modes_needed, forward), example)
+        found: list[Any] = []
+        views: list[View] = []
+        for guess in guesses(model):
+            if len(found) == 2:
+                break
+            with suppress(Exception):
+                # fake tensors may go where numbers do not, and the second input is there for its size alone
+                views += _views(model, guess, modes_needed, forward, first=not found, made_up=True)
+                found.append(guess)
+        return Flow(model, views, found[0] if found else None, "" if found else _NO_INPUT)
     finally:
         torch.set_rng_state(state)
-    return Flow(model, views, unseen, reads, modes_needed)
+
+
+def _views(
+    model: nn.Module,
+    example: Any,
+    modes_needed: tuple[bool, ...],
+    forward: Forward,
+    *,
+    first: bool = True,
+    made_up: bool = False,
+) -> list[View]:
+    call = partial(run, tool="find_flow", forward=forward)
+    views = watch(model, call, example, training=modes_needed[0], numbers=first and made_up)
+    for training in modes_needed[1:]:
+        with suppress(Exception):
+            views += watch(model, call, example, training=training)
+    turned = _turned(model, example) if first and forward is None else {}
+    for named in [turned, *({name: value} for name, value in turned.items())] if turned else []:
+        try:
+            for training in modes_needed:
+                views += watch(model, partial(call, **named), example, training=training)
+        except Exception:
+            continue  # a value that the network does not take
+        if named is turned:
+            break
+    return views
+
+
+def _turned(model: nn.Module, example: Any) -> dict[str, Any]:
+    """Optional arguments with other than their defaults: flags turned round, tensors that are None given."""
+    with suppress(TypeError, ValueError):
+        first = next(tensors_in(example), None)
+        found = {}
+        for p in inspect.signature(model.forward).parameters.values():
+            if p.kind is p.POSITIONAL_ONLY or (isinstance(example, Mapping) and p.name in example):
+                continue
+            if isinstance(p.default, bool) or (p.default is None and "bool" in str(p.annotation)):
+                found[p.name] = not p.default
+            elif p.default is None and first is not None:
+                found[p.name] = first.detach().clone()
+        return found
+    return {}
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -336,40 +296,3 @@ def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
         Each module once, in the order of ``named_modules()``.
     """
     return [(path, m) for path, m in model.named_modules() if is_batch_norm(m)]
-
-
-def _ancestors(path: str) -> list[str]:
-    """Paths above a path, nearest first, ``""`` last."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
-
-
-def _own_methods(kind: type) -> set[str]:
-    """Methods other than forward through which a parent could run a module's children."""
-    if kind.__module__.startswith("torch.nn."):
-        return set()
-    return {name for name in vars(kind) if name != "forward" and not name.startswith("__")}
-
-
-@cache
-def _touched_by(kind: Any) -> frozenset[str]:
-    """Names that the code reachable from a class's forward loads from anything but ``self``."""
-    touched: set[str] = set()
-    waiting, seen = ["forward"], {"forward"}
-    while waiting:
-        function = inspect.unwrap(getattr(kind, waiting.pop(), None) or (lambda: None))
-        codes = [function.__code__] if isinstance(function, types.FunctionType) else []
-        while codes:
-            code = codes.pop()
-            codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-            before: Any = None
-            for step in dis.get_instructions(code):
-                if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                    own = before is not None and "LOAD_FAST" in before.opname and "self" in str(before.argval)
-                    if not own:
-                        touched.add(step.argval)
-                    elif step.argval not in seen and inspect.isfunction(getattr(kind, step.argval, None)):
-                        seen.add(step.argval)
-                        waiting.append(step.argval)
-                before = step
-    return frozenset(touched)

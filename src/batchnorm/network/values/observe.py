@@ -1,7 +1,9 @@
-"""The flow of values in a real run: which tensor each call reads and makes, below Python's sight or not.
+"""The flow of values in a run: which tensor each call reads and makes, below Python's sight or not.
 
 Watched where every torch operation passes (the dispatcher), so scripted functions, custom autograd functions
-and fused paths are seen as well as plain modules. One run shows one way through the branches of a model.
+and fused paths are seen as well as plain modules. The run is on fake tensors, which have shapes and no
+numbers: it writes to no buffer, costs next to nothing, and where Python branches on a number both ways are
+gone. Where a network asks more of its tensors it is run for real.
 """
 
 from __future__ import annotations
@@ -14,12 +16,31 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.network.compare import tensors_in
-from batchnorm.network.undo import Undo, hook_everywhere, set_modes, stop_gradients
+from batchnorm.network.inputs import each_tensor, own
+from batchnorm.network.undo import Undo, hook_around, keep_modules, keep_values, set_modes, stop_gradients
 from batchnorm.network.values.modules import has_hooks, is_layer, is_norm
-from batchnorm.network.values.values import Value, View, append_call, canonical
+from batchnorm.network.values.values import Call, Value, View, write_down
+
+_MOST_WAYS = 16
+# what Python learns of a number, as a bool
+_ASKS = frozenset(["_local_scalar_dense", "is_nonzero", "equal", "allclose"])
+
+# three tensors come out of these
+_NORMS = frozenset(
+    [
+        torch.ops.aten.native_batch_norm.default,
+        torch.ops.aten._native_batch_norm_legit.default,
+        torch.ops.aten._native_batch_norm_legit_no_training.default,
+        torch.ops.aten._native_batch_norm_legit.no_stats,
+    ]
+)
+
+Run = Callable[[nn.Module, Any], Any]
 
 
 def _is_step(module: nn.Module) -> bool:
@@ -29,8 +50,31 @@ def _is_step(module: nn.Module) -> bool:
     return not module._modules and type(module).__module__.startswith("torch.nn.modules")
 
 
+class _Ways:
+    """The ways through a forward's branches on numbers: decisions of this run, and runs still to do."""
+
+    def __init__(self) -> None:
+        self.waiting: list[list[bool]] = [[]]
+        self.taken: list[bool] = []
+        self.number = 0
+
+    def next(self) -> bool:
+        if not self.waiting or self.number >= _MOST_WAYS:
+            return False
+        self.given, self.taken = self.waiting.pop(), []
+        self.number += 1
+        return True
+
+    def decide(self) -> bool:
+        place = len(self.taken)
+        if place >= len(self.given):
+            self.waiting.append([*self.taken, True])
+        self.taken.append(self.given[place] if place < len(self.given) else False)
+        return self.taken[-1]
+
+
 class _Watch(TorchDispatchMode):
-    def __init__(self, model: nn.Module, view: View) -> None:
+    def __init__(self, model: nn.Module, view: View, ways: _Ways | None) -> None:
         super().__init__()
         self.paths = {id(m): name for name, m in model.named_modules()}
         self.owners: dict[int, list[str]] = {}
@@ -38,7 +82,8 @@ class _Watch(TorchDispatchMode):
             for tensor in [*m._parameters.values(), *m._buffers.values()]:
                 if tensor is not None:
                     self.owners.setdefault(id(tensor), []).append(owner)
-        self.view = view
+        self.hooked = {id(m) for m in model.modules() if has_hooks(m)}
+        self.view, self.ways = view, ways
         self.stack: list[nn.Module] = []
         self.step: nn.Module | None = None
         self.thread = threading.get_ident()
@@ -57,33 +102,29 @@ class _Watch(TorchDispatchMode):
         self.known[id(tensor)] = (weakref.ref(tensor), value)
         return value
 
-    def in_place_of(self, tree: Any, skip: frozenset[int] = frozenset()) -> Any:
-        if isinstance(tree, torch.Tensor):
-            return None if id(tree) in skip or id(tree) in self.owners else self.value(tree)
-        if isinstance(tree, (tuple, list)):
-            return [self.in_place_of(item) for item in tree]
-        if isinstance(tree, dict):
-            return {key: self.in_place_of(item) for key, item in tree.items()}
-        return tree
+    def in_place_of(self, tree: Any) -> Any:
+        def of(tensor: torch.Tensor) -> Value | None:
+            return None if id(tensor) in self.owners else self.value(tensor)
+
+        return pytree.tree_map_only(torch.Tensor, of, tree)
 
     # -- events -----------------------------------------------------------------------------------------
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        where = self.stack[-1] if self.stack else None
+        path = self.paths[id(self.stack[-1])] if self.stack else ""
         for tensor in tensors_in((args, kwargs)):
             for owner in self.owners.get(id(tensor), ()):
                 if not self._inside(owner):
-                    self.reads.setdefault(id(tensor), set()).add(
-                        self.paths.get(id(where), "") if where else ""
-                    )
+                    self.reads.setdefault(id(tensor), set()).add(path)
         if self.step is not None:
-            return func(*args, **kwargs)
-        given, named = self.in_place_of(args), self.in_place_of(kwargs)
-        result = func(*args, **kwargs)
-        made = list(tensors_in(result))
-        name, _ = canonical(func._schema.name.split("::")[-1])
+            return self._shapes_of_norm(args[0]) if self.ways and func in _NORMS else func(*args, **kwargs)
+        name = func._schema.name.split("::")[-1]
+        name = name if name.endswith("__") else name.removesuffix("_")
+        held = self._held((args, kwargs))
+        given, named = self.in_place_of((args, kwargs))
+        result = self._answer(name, func, args, kwargs)
         written = [
             tensor
             for argument, tensor in zip(func._schema.arguments, args, strict=False)
@@ -91,106 +132,155 @@ class _Watch(TorchDispatchMode):
             and argument.alias_info.is_write
             and isinstance(tensor, torch.Tensor)
         ]
-        path = self.paths.get(id(where), "") if where is not None else ""
         inplace = bool(written) and bool(args) and written[0] is args[0]
-        call = append_call(
-            self.view, name, path, None, tuple(given), named, inplace=inplace, outputs=len(made)
-        )
-        self._bind(call.outputs, made)
+        self._note(Call(name, path, None, self.view, given, named, inplace), held, result)
         for tensor in [*written[1:], *tensors_in(kwargs.get("out"))]:
             self.value(tensor).escape = f"overwritten by {name}"
         return result
 
-    def _inside(self, owner: str) -> bool:
-        inner = (
-            self.paths.get(id(self.step if self.step is not None else self.stack[-1])) if self.stack else None
-        )
-        return (
-            inner is not None
-            and (owner == inner or owner.startswith(inner + ".") or inner == "")
-            and (self.step is not None)
-        )
+    def _answer(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.ways is None or name not in _ASKS or not isinstance(args[0], torch.Tensor):
+            return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)  # a constant of the network's own
+        except DataDependentOutputException:
+            if name == "_local_scalar_dense" and args[0].dtype is not torch.bool:
+                raise  # which number it is, nobody knows
+            return self.ways.decide()
 
-    def _bind(self, values: list[Value], made: list[torch.Tensor]) -> None:
-        for value, tensor in zip(values, made, strict=True):
+    @staticmethod
+    def _shapes_of_norm(z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What a batch norm gives a fake tensor; torch decomposes it for that, which takes milliseconds."""
+        return torch.empty_like(z), *(z.new_empty(z.shape[1]) for _ in range(2))
+
+    def _inside(self, owner: str) -> bool:
+        """Whether the step that runs is the owner of what is read, or holds it."""
+        inner = self.paths[id(self.step)] if self.step is not None else None
+        return inner is not None and (inner == "" or f"{owner}.".startswith(f"{inner}."))
+
+    def _held(self, tree: Any) -> dict[int, Value]:
+        """The storages of some tensors, and whose they are."""
+        held: dict[int, Value] = {}
+        for tensor in tensors_in(tree):
+            if id(tensor) not in self.owners:
+                held.setdefault(_storage(tensor), self.value(tensor))
+        return held
+
+    def _note(self, call: Call, held: dict[int, Value], result: Any) -> None:
+        made = list(tensors_in(result))
+        write_down(call, [held.get(_storage(tensor)) for tensor in made])
+        for value, tensor in zip(call.outputs, made, strict=True):
             self.remember(tensor, value)
 
-    def enter(self, module: nn.Module, args: Any) -> None:
-        if id(module) not in self.paths or threading.get_ident() != self.thread:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() != self.thread:
             return
         self.stack.append(module)
         if self.step is None and _is_step(module):
             self.step = module
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if id(module) not in self.paths or threading.get_ident() != self.thread:
+        if threading.get_ident() != self.thread:
             return
         self.stack.pop()
-        if self.step is None and has_hooks(module):
+        path = self.paths[id(module)]
+        if self.step is None and id(module) in self.hooked:
             for tensor in tensors_in((args, kwargs, result)):
-                self.value(tensor).escape = f"seen by a hook of {self.paths[id(module)] or 'the model'}"
+                self.value(tensor).escape = f"seen by a hook of {path or 'the model'}"
         if self.step is not module or module in self.stack:
             return
         self.step = None
-        made = list(tensors_in(result))
-        path, inplace = self.paths[id(module)], bool(getattr(module, "inplace", False))
-        given, named = self.in_place_of(args), self.in_place_of(kwargs)
-        call = append_call(
-            self.view,
-            type(module).__name__,
-            path,
-            module,
-            tuple(given),
-            named,
-            inplace=inplace,
-            outputs=len(made),
-        )
-        self._bind(call.outputs, made)
+        if result is None:
+            return  # it raised
+        given, named = self.in_place_of((args, kwargs))
+        inplace = bool(getattr(module, "inplace", False))
+        call = Call(type(module).__name__, path, module, self.view, given, named, inplace)
+        self._note(call, self._held((args, kwargs)), result)
 
 
-def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[View, dict[int, set[str]], Any]:
-    """Run a model in eval mode without gradients and write down how values flow.
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a kind of tensor that has none
+        return -id(tensor)
+
+
+def watch(model: nn.Module, run: Run, example: Any, *, training: bool, numbers: bool = False) -> list[View]:
+    """Run a model without gradients and write down how values flow: a view for every way that it goes.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The model; it is left in the mode it was in.
+        The model; its modes, attributes and parts are put back.
     run : callable
-        Calls it.
+        ``run(model, example)`` calls it.
+    example : object
+        An input; its tensors are not written to.
+    training : bool
+        The mode to run in.
+    numbers : bool, default False
+        Run it on numbers as well, also where fake tensors tell everything.
 
     Returns
     -------
-    view : View
-        The whole run.
-    reads : dict
-        ``id`` of a parameter or buffer that something other than its own module reads, to the paths of the
-        modules that do.
-    result : object
-        What ``run`` returned.
+    list of View
+        Never empty.
+
+    Raises
+    ------
+    Exception
+        Whatever the run on numbers raises.
     """
-    view = View("", False, "run")
-    seen = _Watch(model, view)
+    ways, views, failed = _Ways(), list[View](), False
     end = Undo(always=True)
     with end, end:
-        hook_everywhere(end, seen.enter, seen.leave)
-        set_modes(end, model, False)
+        # a number that is no part of a fake tensor, a counter of batches, is counted up for real
+        keep_values(end, list(model.buffers()))
+        while ways.next():
+            try:
+                fake = FakeTensorMode(allow_non_fake_inputs=True)
+                with fake:
+                    shapes = each_tensor(fake.from_tensor, example)
+                    views.append(_watch_once(model, run, shapes, training, ways))
+            except Exception:
+                failed = True  # the network's own check of a number, or more than shapes tell
+        if failed or ways.waiting or numbers:
+            try:
+                views.append(_watch_once(model, run, own(example), training, None))
+            except Exception:
+                if numbers or not views:
+                    raise
+    return views
+
+
+def _watch_once(model: nn.Module, run: Run, example: Any, training: bool, ways: _Ways | None) -> View:
+    view = View(training)
+    seen = _Watch(model, view, ways)
+    end = Undo(always=True)
+    with end, end:
+        keep_modules(end, list(model.modules()))
+        hook_around(end, list(model.modules()), seen.enter, seen.leave)
+        set_modes(end, model, training)
         stop_gradients(end)
         with seen:
-            result = run()
-    returned = list(tensors_in(result))
-    for tensor in returned:
-        entry = seen.known.get(id(tensor))
-        if entry is not None and entry[0]() is tensor:
-            entry[1].escape = "returned by the model"
-            view.returned.append(entry[1])
-    out = {id(tensor) for tensor in returned}
+            result = run(model, example)
+        returned = list(tensors_in(result))
+        for tensor in returned:
+            entry = seen.known.get(id(tensor))
+            if entry is not None and entry[0]() is tensor:
+                entry[1].escape = "returned by the model"
+        _mark_kept(seen, {id(tensor) for tensor in returned})
+    view.reads = seen.reads
+    return view
+
+
+def _mark_kept(seen: _Watch, out: set[int]) -> None:
+    """Mark the values whose tensors something still holds after the run."""
     made = [(ref, value) for ref, value in seen.known.values() if value.producer is not None]
-    alive = [ref for ref, _ in made if ref() is not None and id(ref()) not in out]
-    if alive:
+    if any(ref() is not None and id(ref()) not in out for ref, _ in made):
         gc.collect()
     for ref, value in made:
         tensor = ref()
         if tensor is not None and id(tensor) not in out:
             value.escape = value.escape or "kept by something after the call"
         del tensor
-    return view, seen.reads, result

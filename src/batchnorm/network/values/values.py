@@ -1,34 +1,18 @@
 """The flow of values as the tools see it: calls, the values they make, and who reads each value.
 
-Two observers fill it: ``tracing`` (symbolic, without numbers) and ``watching`` (a real run). Each gives
-views; a statement about a module is true when it holds in every view that calls the module.
+A statement about a module is true when it holds in every view that calls the module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from batchnorm.network.values.activations import activation_name, is_nonlinear
 from batchnorm.network.values.modules import is_dropout
-from batchnorm.network.values.operations import SHAPE_OF_SECOND, SHAPE_ONLY, VIEWS
-
-_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "radd": "add"}
-_SCALARS = (
-    "inplace",
-    "negative_slope",
-    "approximate",
-    "min_val",
-    "max_val",
-    "min",
-    "max",
-    "alpha",
-    "dim",
-    "training",
-)
+from batchnorm.network.values.operations import SHAPE_ONLY
 
 
 @dataclass(eq=False)
@@ -45,8 +29,8 @@ class Value:
     escape : str
         Why there may be readers that ``consumers`` does not list (returned, stored, changed through a view);
         empty when there are none.
-    shape : tuple of int, or None
-        Known in views of a real run.
+    shape : tuple of int
+        That of the tensor.
     base : Value or None
         The value whose storage this one may share.
     stale : str
@@ -56,7 +40,7 @@ class Value:
     producer: Call | None = None
     consumers: list[Call] = field(default_factory=list)
     escape: str = ""
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int, ...] = ()
     base: Value | None = None
     stale: str = ""
 
@@ -68,8 +52,8 @@ class Call:
     Parameters
     ----------
     op : str
-        Canonical name of a function (``"add"`` for ``+``, ``torch.add``, ``add_``, ``iadd``), or the class
-        name of a module.
+        Name of an operation of the dispatcher, without the underscore of one in place (``"add"`` for ``+``
+        and ``add_``), or the class name of a module.
     path : str
         Path of the module called; for a function, of the module whose forward calls it.
     module : torch.nn.Module or None
@@ -105,52 +89,21 @@ class Call:
         return self.outputs[0]
 
     @property
-    def activation(self) -> str | None:
-        """Name of the activation in the kernels' contract, when the call is exactly one of those."""
-        return activation_name(self.module, self.op, self.scalars())
-
-    @property
-    def nonlinear(self) -> bool:
-        """Whether the call is an elementwise nonlinearity of any kind, or a gate."""
-        return is_nonlinear(self.module, self.op)
-
-    @property
     def is_sum(self) -> bool:
         """Whether the call adds two tensors with weight one each."""
         return (
             self.module is None
             and self.op == "add"
             and len(self.inputs) == 2
-            and self.scalars().get("alpha", 1) == 1
+            and self.kwargs.get("alpha", 1) == 1
         )
 
     @property
     def passes_on(self) -> bool:
         """Whether the call hands on its input as it is: Identity, and dropout in eval mode."""
         if self.module is None:
-            return self.op in ("alias", "identity", "detach") or (
-                self.op.endswith("dropout") and self.scalars().get("training") is False
-            )
+            return self.op in ("alias", "detach")
         return isinstance(self.module, nn.Identity) or (is_dropout(self.module) and not self.view.training)
-
-    def scalars(self) -> dict[str, Any]:
-        """Scalar arguments by the names that torch gives them.
-
-        Returns
-        -------
-        dict
-            Those that were given.
-        """
-        found = {name: value for name, value in self.kwargs.items() if name in _SCALARS}
-        rest = self.args[1:]
-        positions = {
-            "leaky_relu": ("negative_slope", "inplace"),
-            "hardtanh": ("min_val", "max_val", "inplace"),
-            "clamp": ("min", "max"),
-            "clip": ("min", "max"),
-            "dropout": ("p", "training", "inplace"),
-        }.get(self.op, ())
-        return {**dict(zip(positions, rest, strict=False)), **found}
 
     def __repr__(self) -> str:
         return f"<{self.op} {'in' if self.module is None else 'at'} {self.path or 'the model'}>"
@@ -158,76 +111,22 @@ class Call:
 
 @dataclass(eq=False)
 class View:
-    """One look at one module's forward.
+    """One run of a network.
 
     Parameters
     ----------
-    scope : str
-        Path of the module whose forward was looked at; ``""`` for the whole model.
     training : bool
-        The mode in which it was looked at.
-    evidence : str
-        ``"traced"`` (symbolic) or ``"run"`` (seen in a run on an example).
+        The mode in which it ran.
     calls : list of Call
         In the order of execution.
-    returned : list of Value
-        What the forward returns.
+    reads : dict
+        ``id`` of a parameter or buffer that something other than its own module reads, to the paths of the
+        modules that do.
     """
 
-    scope: str
     training: bool
-    evidence: str
     calls: list[Call] = field(default_factory=list)
-    returned: list[Value] = field(default_factory=list)
-
-
-def canonical(name: str) -> tuple[str, bool]:
-    """Canonical name of a function, and whether the name says that it works in place.
-
-    Parameters
-    ----------
-    name : str
-        ``relu_``, ``iadd``, ``__add__``, ``add``, ...
-
-    Returns
-    -------
-    tuple of str and bool
-        Name and in-place flag.
-    """
-    inplace = False
-    if name.startswith("__") and name.endswith("__"):
-        name = name[2:-2]
-    elif name.endswith("_") and not name.startswith("__"):
-        name, inplace = name[:-1], True
-    if name in _OPERATORS:
-        inplace = name.startswith("i")
-        name = _OPERATORS[name]
-    return name, inplace
-
-
-def values_in(tree: Any) -> Iterator[Value]:
-    """Every value in nested tuples, lists, dictionaries and slices, in order.
-
-    Parameters
-    ----------
-    tree : object
-        Arguments or results.
-
-    Yields
-    ------
-    Value
-        In the order in which they are written.
-    """
-    if isinstance(tree, Value):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from values_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from values_in(item)
-    elif isinstance(tree, slice):
-        yield from values_in((tree.start, tree.stop, tree.step))
+    reads: dict[int, set[str]] = field(default_factory=dict)
 
 
 def root_of(value: Value) -> Value:
@@ -268,59 +167,31 @@ def family(view: View, value: Value) -> list[Value]:
     return [root, *(out for out in made if out is not root and root_of(out) is root)]
 
 
-def append_call(
-    view: View,
-    op: str,
-    path: str,
-    module: nn.Module | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    inplace: bool,
-    outputs: int = 1,
-    replace: Callable[[Value, Value], None] | None = None,
-) -> Call:
-    """Write a call into a view and connect it to the values it reads.
+def write_down(call: Call, bases: list[Value | None]) -> Call:
+    """Write a call into its view and connect it to the values it reads.
 
     Parameters
     ----------
-    view : View
-        Changed: the call is appended.
-    op, path, module, args, kwargs, inplace
-        As in :class:`Call`.
-    outputs : int
-        How many tensors it returns.
-    replace : callable, optional
-        Called with the overwritten value and its successor when the call works in place.
+    call : Call
+        With arguments; it gets its place, its inputs and its outputs.
+    bases : list of Value or None
+        For each tensor that it returns, the argument whose storage it shares.
 
     Returns
     -------
     Call
-        The new call.
+        ``call``.
     """
-    call = Call(op, path, module, view, args, kwargs, inplace, order=len(view.calls))
-    read = list(values_in(args)) + list(values_in(kwargs))
-    if module is None and op in SHAPE_ONLY:
-        read = []
-    elif module is None and op in SHAPE_OF_SECOND:
-        read = read[:1]
-    call.inputs = read
-    for value in dict.fromkeys(read):
+    read = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Value)]
+    call.inputs = [] if call.module is None and call.op in SHAPE_ONLY else read
+    call.order = len(call.view.calls)
+    for value in dict.fromkeys(call.inputs):
         value.consumers.append(call)
         value.escape = value.escape or value.stale
-    base = root_of(read[0]) if read and (inplace or _may_share(call)) else None
-    call.outputs = [Value(call, base=base) for _ in range(outputs)]
-    view.calls.append(call)
-    if inplace and read:
-        for value in family(view, read[0]):
+    call.outputs = [Value(call, base=None if base is None else root_of(base)) for base in bases]
+    call.view.calls.append(call)
+    if call.inplace and read:
+        for value in family(call.view, read[0]):
             if value is not read[0] and value not in call.outputs:
                 value.stale = f"read after {call.op} changed it in place through another view of it"
-        if replace is not None and call.outputs:
-            replace(read[0], call.outputs[0])
     return call
-
-
-def _may_share(call: Call) -> bool:
-    if call.module is None:
-        return call.op in VIEWS
-    return call.passes_on or is_dropout(call.module) or isinstance(call.module, (nn.Flatten, nn.Unflatten))
