@@ -163,10 +163,11 @@ def test_a_tuple_means_the_same_to_every_tool_and_so_does_forward(name):
         tool(Network(), X, forward=3)
 
 
-def test_data_that_is_a_tuple_is_refused_for_it_may_be_one_batch_or_several():
+def test_data_that_is_a_batch_with_its_label_is_refused_and_a_split_tensor_is_several_batches():
     for tool in (batchnorm.calibrate, lambda m, data: batchnorm.insert(m, data=data)):
-        with pytest.raises(ArgumentError, match="one batch or several"):
-            tool(Network(), (X, X))
+        with pytest.raises(ArgumentError, match="one batch with a label"):
+            tool(Network(), (X, torch.zeros(4)))
+    assert "2 calls" in batchnorm.record(batchnorm.calibrate(Network(), X.split(2))).rows[0].detail
 
 
 @pytest.mark.parametrize(

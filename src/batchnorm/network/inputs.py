@@ -162,7 +162,7 @@ def batches_of(data: Any, verb: str) -> Iterable[Any]:
     Parameters
     ----------
     data : iterable of batches, Tensor, or mapping
-        A tensor or a mapping is one batch. A tuple would be one batch or several: it is refused.
+        A tensor or a mapping is one batch. A tuple is several, as ``Tensor.split`` gives them.
     verb : str
         Who asks, for the message.
 
@@ -174,7 +174,7 @@ def batches_of(data: Any, verb: str) -> Iterable[Any]:
     Raises
     ------
     ArgumentError
-        It can't be iterated, or is a tuple.
+        It can't be iterated, or is a tuple whose parts are unlike each other: one batch with its label.
     """
     if isinstance(data, (Tensor, Mapping)):
         return [data]
@@ -184,13 +184,17 @@ def batches_of(data: Any, verb: str) -> Iterable[Any]:
             why="the statistics come from batches of inputs.",
             mend="give a loader, a list of batches, a generator, or one tensor.",
         )
-    if isinstance(data, tuple):
+    if isinstance(data, tuple) and len({_form(part) for part in data}) > 1:
         raise ArgumentError(
-            f"{verb}: data is a tuple, which may be one batch or several.",
-            why="a tuple is one batch everywhere else, and here a part of the data would pass unseen.",
+            f"{verb}: data is a tuple of unlike parts, {', '.join(map(_form, data))}.",
+            why="it is one batch with a label, rather than several batches.",
             mend="[batch] for one batch, list(data) for several.",
         )
     return data
+
+
+def _form(part: Any) -> str:
+    return f"{part.ndim}-d {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
 
 
 def single_device(model: nn.Module) -> torch.device | None:
