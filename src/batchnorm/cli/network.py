@@ -50,8 +50,8 @@ def _change(tool: str, source: str, out: Path, weights: Path | None, shape: str)
     import batchnorm
     from batchnorm.cli.outputs import check_file, whole
     from batchnorm.errors import ArgumentError
-    from batchnorm.network.exported import open_network
-    from batchnorm.network.saved import check_kind, save_network
+    from batchnorm.files.opened import open_network
+    from batchnorm.files.saved import check_kind, save_network
 
     try:
         sizes = tuple(int(n) for n in shape.split(",")) if shape else ()

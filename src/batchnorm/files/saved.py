@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, TraceError
-from batchnorm.network.exported import Opened
+from batchnorm.files.opened import Opened
 from batchnorm.network.inputs import copied, run
 from batchnorm.network.layers.convert import convert
 from batchnorm.network.made_up import guesses

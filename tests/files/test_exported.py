@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import batchnorm
 from batchnorm.cli.network import register
 from batchnorm.errors import ArgumentError, DataError
-from batchnorm.network.exported import open_network, raised
+from batchnorm.files.opened import open_network
+from batchnorm.files.program import raised
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 

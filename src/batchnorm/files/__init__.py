@@ -1,0 +1,1 @@
+"""Networks in files: opened, made of modules, saved; for the command line."""
