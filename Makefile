@@ -7,20 +7,35 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 WORKERS ?= 2
 
-.PHONY: demo demo-distributed test test-all tiny lint docs bench sanitize studies clean
+.PHONY: demo demo-distributed test test-all tiny lint docs bench sanitize studies sdist wheels clean
 
-$(VENV)/.installed: pyproject.toml lab/pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+# pip's torch for Linux brings CUDA, several gigabytes. Without a GPU:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+SOURCES := pyproject.toml lab/pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+
+$(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first: later packages then find what they need and fetch nothing else
-	$(BIN)/pip install --quiet -c constraints.txt torch numpy
+	$(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch numpy
 	$(BIN)/pip install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]' -e lab
 	touch $@
 
-demo: $(VENV)/.installed
+# what the demonstration needs and no more: the core for this processor alone, no tools of development
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cli]' -e lab \
+	  -C cmake.define.BATCHNORM_ISAS=$$(sh packaging/isa.sh)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]' -e lab \
+	  -C cmake.define.BATCHNORM_ISAS=all
+	touch $@
+
+demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo)
 	$(BIN)/batchnorm demo
 
-demo-distributed: $(VENV)/.installed
+demo-distributed: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m batchnorm_lab.demo.distributed
 
 tiny: $(VENV)/.installed
@@ -50,6 +65,13 @@ bench: $(VENV)/.installed
 
 studies: $(VENV)/.installed
 	$(BIN)/batchnorm study all
+
+sdist: $(VENV)/.torch
+	$(BIN)/pip install --quiet -c constraints.txt build
+	$(BIN)/python -m build --sdist --no-isolation
+
+wheels: sdist
+	bash packaging/wheels.sh
 
 sanitize:
 	bash csrc/sanitize.sh

@@ -103,7 +103,7 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path):
 
 def test_an_error_of_ours_is_told_without_a_traceback():
     done = subprocess.run(
-        [sys.executable, "-m", "batchnorm.cli", "study", "no-such-study"],
+        [sys.executable, "-m", "batchnorm", "study", "no-such-study"],
         capture_output=True,
         text=True,
         check=False,

@@ -76,16 +76,6 @@ def test_studies_are_listed_and_none_is_run(folder):
     assert invoke("study").exit_code == 2
 
 
-def test_the_package_is_a_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "batchnorm", "fold", "nothing", "out.pt"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "module:factory" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("source", "says"),
     [
@@ -205,6 +195,7 @@ def test_a_made_up_input_is_told_and_the_batch_stays_open(folder):
         assert program(torch.randn(batch, 3, side, side)).shape[0] == batch
 
 
+@pytest.mark.slow
 def test_onnx_is_written_as_onnx(folder):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -7,10 +7,16 @@ import torch
 from pages import PAGES, blocks, name_of, python_of, run
 
 WITH_PYTHON = [page for page in PAGES if python_of(page)]
+# their code is that of the English page, to the letter but for comments: test_translations.py
+TRANSLATED = [page for page in PAGES if page.parent.name == "ko" or page.name.endswith(".ko.md")]
+CASES = [
+    pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page in TRANSLATED else [])
+    for page in WITH_PYTHON
+]
 LANGUAGES = {"python", "text", "bash", "console", "toml", "yaml", "cpp", "{toctree}", "{math}", ""}
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
+@pytest.mark.parametrize("page", CASES)
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:

@@ -183,3 +183,19 @@ def test_subset_keeps_the_first_images_and_refuses_none():
     assert len(data.subset(test=9).test_labels) == 5
     with pytest.raises(ArgumentError, match="test=0"):
         data.subset(test=0)
+
+
+def test_validation_images_are_training_images_and_in_no_other_part():
+    images, labels = torch.arange(20.0).view(20, 1, 1, 1), torch.arange(20) % 2
+    data = ImageData("twenty", images[:12], labels[:12], images[12:], labels[12:], ("a", "b"))
+    choose, report = data.with_validation(0.25)
+    parts = [
+        set(part.flatten().tolist()) for part in (choose.train_images, choose.test_images, report.test_images)
+    ]
+    assert [len(part) for part in parts] == [9, 3, 8]
+    assert not parts[0] & parts[1]
+    assert parts[2] == set(range(12, 20))
+    assert torch.equal(choose.train_images, report.train_images)
+    for share in (0.0, 1.0):
+        with pytest.raises(ArgumentError):
+            data.with_validation(share)

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from batchnorm_lab.data import load_digits
-from batchnorm_lab.demo import one_sample, run
+from batchnorm_lab.demo import one_sample, report, run
 from batchnorm_lab.demo.costs import count
 from batchnorm_lab.demo.learning import Curve, learn
 from batchnorm_lab.demo.measure import measure
@@ -56,6 +56,30 @@ def test_the_report_stands_alone(told):
     assert page.count("<svg") == 5
     assert not re.search(r'(src|href)="(?!#|data:)', page)  # links inside the figures are to themselves
     assert "{{" not in page
+
+
+def test_the_report_in_korean_tells_the_same(told, story, tmp_path):
+    _, english = told
+    page = report.write(story, tmp_path, 1.0, language="ko").read_text(encoding="utf-8")
+    assert '<html lang="ko">' in page
+    assert page.count("<svg") == 5
+    assert "{{" not in page
+    # every label of a figure is translated, but for numbers, names of layers and symbols
+    labels = set(re.findall(r">([^<>]+)</text>", page))
+    assert not {label for label in labels if re.search(r"[A-Za-z]{4}", label)} - {"conv1", "conv2", "conv3"}
+    # and every number of the English report is in it
+    prose = [
+        re.sub(r"<svg.*?</svg>|<style.*?</style>", "", text, flags=re.DOTALL)
+        for text in (english.read_text(), page)
+    ]
+    tables = [re.findall(r"<td>([\d.,]+(?: %)?)</td>", text) for text in prose]
+    assert tables[0] == tables[1]
+    assert len(tables[0]) > 15
+
+
+def test_figures_have_words_for_those_who_do_not_see_them(told):
+    _, path = told
+    assert len(re.findall(r'<svg role="img" aria-label="[^"]{40,}"', path.read_text())) == 5
 
 
 def test_every_section_is_told(told):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,13 @@ import typer
 from rich.console import Console
 
 from batchnorm.cli.outputs import check_file, check_folder
+
+
+class Language(str, enum.Enum):
+    """Languages of the demonstration's report."""
+
+    en = "en"
+    ko = "ko"
 
 
 def _load(module: str) -> ModuleType:
@@ -30,9 +38,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path("batchnorm-demo"),
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the samples.")] = 0,
     figures: Annotated[bool, typer.Option("--figures", help="Each figure as an SVG file as well.")] = False,
+    lang: Annotated[Language, typer.Option(help="Of the report: en, or ko for Korean.")] = Language.en,
 ) -> None:
     """Normalize a network, train it, use it one sample at a time, and fold it: under 90 seconds."""
-    _load("batchnorm_lab.demo.run").run(out, seed=seed, figures_apart=figures)
+    _load("batchnorm_lab.demo.run").run(out, seed=seed, figures_apart=figures, language=lang.value)
 
 
 def bench(

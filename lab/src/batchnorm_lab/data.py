@@ -168,6 +168,48 @@ class ImageData:
             test_labels=self.test_labels[:test],
         )
 
+    def with_validation(self, share: float = 0.25) -> tuple[ImageData, ImageData]:
+        """Set a part of the training images aside, on which to choose what is not learned.
+
+        Rates, priors and the like are chosen on the validation part; the test part is looked at with what
+        was chosen, and chooses nothing. The images set aside are the last ones: see `subset`.
+
+        Parameters
+        ----------
+        share : float, default 0.25
+            Of the training images, in (0, 1).
+
+        Returns
+        -------
+        (ImageData, ImageData)
+            To choose with, whose test part is the validation part; and to report with, whose test part is
+            this object's. Both have the same training part, without the validation images.
+
+        Raises
+        ------
+        ArgumentError
+            A share that leaves no image in one of the parts.
+
+        Examples
+        --------
+        >>> from batchnorm_lab.data import load
+        >>> choose, report = load("digits").with_validation()
+        >>> len(choose.train_labels), len(choose.test_labels), len(report.train_labels), len(report.test_labels)
+        (898, 299, 898, 600)
+        """
+        count = round(share * len(self.train_labels))
+        if not 0 < count < len(self.train_labels):
+            raise ArgumentError(
+                f"with_validation: a share of {share} of {len(self.train_labels)} images.",
+                why="both parts need an image.",
+                mend="a share between 0 and 1, such as 0.25.",
+            )
+        report = self.subset(train=len(self.train_labels) - count)
+        choose = replace(
+            report, test_images=self.train_images[-count:], test_labels=self.train_labels[-count:]
+        )
+        return choose, report
+
 
 def load(name: str = "digits", directory: str | Path | None = None) -> ImageData:
     """Load a data set by its name.

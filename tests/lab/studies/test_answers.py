@@ -142,7 +142,7 @@ def test_deep_networks_follow_the_accuracy_at_the_best_rate(normed, says):
         for seed in SEEDS
     ]
     assert set(verdicts("deep-networks", records)) == {says}
-    assert "3 times the last hidden one's with, 1e-09 times without" in str(
+    assert "3 times that of the last hidden layer with batch norm, and 1e-09 times without" in str(
         registry.get_study("deep-networks").answer(records)
     )
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import batchnorm
 from batchnorm.cli.outputs import write_text
-from batchnorm_lab.demo import figures
+from batchnorm_lab.demo import figures, words
 from batchnorm_lab.demo.measure import Story
+
+TEMPLATES = {"en": "report.html.j2", "ko": "report.ko.html.j2"}
 
 
 def draw(story: Story) -> dict[str, str]:
@@ -40,7 +42,9 @@ def draw(story: Story) -> dict[str, str]:
     return {name: figures.svg(figure) for name, figure in drawn.items()}
 
 
-def write(story: Story, folder: Path, seconds: float, *, figures_apart: bool = False) -> Path:
+def write(
+    story: Story, folder: Path, seconds: float, *, figures_apart: bool = False, language: str = "en"
+) -> Path:
     """Write ``report.html``.
 
     Parameters
@@ -53,6 +57,8 @@ def write(story: Story, folder: Path, seconds: float, *, figures_apart: bool = F
         How long the measurements took.
     figures_apart : bool, optional
         Write each figure as an SVG file beside it as well.
+    language : {"en", "ko"}, default "en"
+        Of the report and of the words in its figures.
 
     Returns
     -------
@@ -65,8 +71,11 @@ def write(story: Story, folder: Path, seconds: float, *, figures_apart: bool = F
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    drawn = draw(story)
-    page = environment.get_template("report.html.j2").render(
+    environment.filters["labelled"] = _labelled
+    translated = words.TRANSLATORS[language]
+    drawn = {name: words.in_figure(text, translated) for name, text in draw(story).items()}
+    page = environment.get_template(TEMPLATES[language]).render(
+        translated=translated,
         story=story,
         figures={name: Markup(text) for name, text in drawn.items()},
         seconds=seconds,
@@ -81,3 +90,8 @@ def write(story: Story, folder: Path, seconds: float, *, figures_apart: bool = F
         for name, text in drawn.items():
             write_text(folder / f"{name}.svg", text)
     return path
+
+
+def _labelled(svg: Markup, text: str) -> Markup:
+    """Give a figure the words that stand for it where it is not seen."""
+    return Markup(str(svg).replace("<svg ", f'<svg role="img" aria-label="{escape(text)}" ', 1))

@@ -37,6 +37,7 @@ def run(
     seed: int = 0,
     steps: int = STEPS,
     figures_apart: bool = False,
+    language: str = "en",
     console: Console | None = None,
 ) -> Path:
     """Run the demonstration, print what it measured, and write the report.
@@ -51,6 +52,8 @@ def run(
         Of each training run.
     figures_apart : bool, optional
         Write each figure as an SVG file as well.
+    language : {"en", "ko"}, default "en"
+        Of the report.
     console : rich.console.Console, optional
         Where to print; the terminal if None.
 
@@ -81,7 +84,7 @@ def run(
             story = measure(data, seed=seed, steps=steps, advance=advance)
     seconds = time.perf_counter() - started
     tell(story, console)
-    path = report.write(story, folder, seconds, figures_apart=figures_apart)
+    path = report.write(story, folder, seconds, figures_apart=figures_apart, language=language)
     console.print(f"\n{seconds:.0f} s. Report with figures: [bold]{escape(str(path.resolve()))}[/bold]")
     return path
 

@@ -206,15 +206,16 @@ def answer(records: list[Record]) -> Answer:
             for arm in ARMS
         }
         remarks.append(
-            f"Deepest of these that reached {100 * GOOD:.0f} % with {activation}: {deepest[True] or 'none'} with, "
-            f"{deepest[False] or 'none'} without."
+            f"With {activation}, the deepest network that reached {100 * GOOD:.0f} % had "
+            f"{_layers(deepest[True])} with batch norm and {_layers(deepest[False])} without it."
         )
     shown = _shown(depths)
     for activation in GAINS:
         falls = {arm: _first_to_last(records, activation, arm, shown) for arm in ARMS}
         remarks.append(
-            f"At the start, {shown} layers deep with {activation}, the first layer's gradient is "
-            f"{falls[True]:.3g} times the last hidden one's with, {falls[False]:.3g} times without."
+            f"Before training, in a network of {shown} layers with {activation}, the gradient of the first layer "
+            f"is {falls[True]:.3g} times that of the last hidden layer with batch norm, and {falls[False]:.3g} "
+            "times without."
         )
     return make_answer(findings, remarks)
 
@@ -282,3 +283,7 @@ STUDY = Study(
     plot=plot,
     answer=answer,
 )
+
+
+def _layers(depth: int) -> str:
+    return f"{depth} layers" if depth else "none of these depths"

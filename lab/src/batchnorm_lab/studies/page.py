@@ -151,7 +151,8 @@ def _seconds(outcome: Outcome) -> int:
 
 def _provenance(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     records = [record for outcome in outcomes for record in outcome.records]
-    seen = {name: sorted({r["versions"][name] for r in records}) for name in records[0]["versions"]}
+    names = dict.fromkeys(name for record in records for name in record["versions"])
+    seen = {name: sorted({r["versions"].get(name) or "not recorded" for r in records}) for name in names}
     return {
         "versions": ", ".join(f"{name} {' and '.join(found)}" for name, found in seen.items()),
         "data": ", ".join(sorted({f"{r['data']['name']} ({r['data']['sample']})" for r in records})),
