@@ -51,10 +51,13 @@ SHAPES = {
     "rows of 3, the last not full": ("RC", 99_999, 3, 1),
     "rows of 37": ("RC", 4_096, 37, 1),
     "7x7": ("NCS", 32, 2048, 49),
+    "7x7, as many as are held": ("NCS", 64, 512, 49),
     "14x14": ("NCS", 256, 1024, 196),
     "56x56": ("NCS", 32, 64, 3136),
     "64x64x64": ("NCS", 2, 32, 262_144),
     "a small matrix": ("RC", 256, 512, 1),
+    "as many rows as are held": ("RC", 512, 256, 1),
+    "37 channels, held": ("RC", 500, 37, 1),
 }
 
 

@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
 SHAPES = (
-    "rows of 64", "rows of 24", "rows of 3, the last not full", "rows of 37", "7x7", "14x14", "56x56", "64x64x64",
-    "a small matrix",
+    "rows of 64", "rows of 24", "rows of 3, the last not full", "rows of 37", "7x7", "7x7, as many as are held",
+    "14x14", "56x56", "64x64x64", "a small matrix", "as many rows as are held", "37 channels, held",
 )  # fmt: skip
 
 

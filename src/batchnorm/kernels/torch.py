@@ -101,8 +101,12 @@ def train(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
         The batch's statistics; the variance has divisor m - 1. Not to be written to: the backward keeps them.
     """
     # momentum 1 into zeros is the batch's statistics; into whatever memory held, a NaN would stay a NaN
-    mean, var = torch.zeros((2, z.shape[norm.axis]), dtype=aten.vector_dtype(z), device=z.device).unbind()
+    c, how = z.shape[norm.axis], {"dtype": aten.vector_dtype(z), "device": z.device}
     in_place = not torch.compiler.is_compiling()
+    # one launch for both; in a graph they cost none, and views that are written to are in a compiler's way
+    mean, var = (
+        torch.zeros((2, c), **how).unbind() if in_place else (torch.zeros(c, **how), torch.zeros(c, **how))
+    )
     return _normalized(z, norm, mean, var, True, 1.0, in_place), mean, var
 
 

@@ -169,7 +169,8 @@ def plan(kind: str, n: int, c: int, s: int, itemsize: int) -> Plan:
             step = vector // gcd(c, vector)
             fold = max(step, _up(64, c) // step * step)
         return _rows(_up(n, fold), fold * c, 1, c, total, bool(n % fold), vector)
-    if s >= 16 and _power(n) * _power(s) <= HELD and _power(n) * c * s < REACH:
+    held = HELD if s % vector == 0 else HELD // 2  # loads one by one need an address in registers for each
+    if s >= 16 and _power(n) * _power(s) <= held and _power(n) * c * s < REACH:
         return _whole(n, c * s, s, c, total, True, _power(n), max(_power(s), 16), vector)
     if s >= LARGE_PLANE or (n < 16 and s >= 64) or c * s > MOST_COLUMNS:
         return _planes(n, c, s, total, vector)
@@ -191,7 +192,6 @@ def _whole(
     rows: int, columns: int, inner: int, c: int, total: int, planes: bool, br: int, bk: int, vector: int
 ) -> Plan:
     align = gcd(inner if planes else c, vector)
-    # loads one by one need an address in registers for each
     warps = _warps(br * bk if align == vector else 2 * br * bk)
     return Plan(rows, columns, inner, c, total, planes, br, bk, 1, 1, rows, align, False, True, warps)
 
