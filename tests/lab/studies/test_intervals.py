@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from batchnorm_lab.studies.intervals import (
     Interval,
     mean_interval,
+    median_interval,
     paired_difference,
     ratio_interval,
     verdict,
@@ -89,3 +90,16 @@ def test_a_verdict_needs_the_whole_interval(low, high, says):
 def test_a_claim_has_one_direction(claim):
     with pytest.raises(ValueError, match="above or below"):
         verdict(Interval(0.0, 0.0, 0.0, 5), **claim)
+
+
+def test_the_interval_by_ranks_holds_the_median_of_a_skewed_distribution():
+    draws = torch.rand(4000, 6, generator=torch.Generator().manual_seed(0)).log().neg().tolist()
+    held = sum(found.low <= math.log(2) <= found.high for found in (median_interval(d, d) for d in draws))
+    # 1 - 2 ** -5 = 0.969; four standard errors of 4000 draws
+    assert held / 4000 == pytest.approx(1 - 2**-5, abs=4 * (0.969 * 0.031 / 4000) ** 0.5)
+
+
+def test_five_seeds_have_no_interval_by_ranks():
+    found = median_interval([1.0] * 5, [2.0] * 5)
+    assert (found.low, found.high) == (-math.inf, math.inf)
+    assert found.estimate == 1.5

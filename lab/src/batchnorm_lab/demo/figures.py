@@ -40,7 +40,8 @@ def svg(figure: Figure) -> str:
         The element, without the XML head.
     """
     text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    with matplotlib.rc_context(STYLE):  # text stays text: smaller, read aloud, translated
+        figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     drawn = text.getvalue()
     return drawn[drawn.index("<svg") :]
 

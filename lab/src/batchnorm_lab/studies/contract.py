@@ -17,9 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -343,19 +345,41 @@ def versions() -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        Of this package, torch and Python.
+        Of this package, torch and Python, and the commit of the sources (``+`` where they differ from it;
+        empty outside a repository).
 
     Examples
     --------
     >>> from batchnorm_lab.studies.contract import versions
     >>> sorted(versions())
-    ['batchnorm', 'python', 'torch']
+    ['batchnorm', 'commit', 'python', 'torch']
     """
     return {
         "batchnorm": batchnorm.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "commit": _commit(),
     }
+
+
+@cache
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", ":/src", ":/csrc", ":/lab/src")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def fingerprint(data: ImageData) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-__all__ = ["Interval", "mean_interval", "paired_difference", "ratio_interval", "verdict"]
+__all__ = ["Interval", "mean_interval", "median_interval", "paired_difference", "ratio_interval", "verdict"]
 
 CONFIDENCE = 0.95
 BORNE_OUT, NOT_BORNE_OUT, UNDECIDED = "borne out", "not borne out", "undecided"
@@ -135,6 +135,46 @@ def ratio_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
     high = math.exp(logs.high) if logs.high < 700 else math.inf
     low = math.exp(logs.low) if math.isfinite(logs.low) else -math.inf
     return Interval(math.exp(logs.estimate), low, high, logs.seeds)
+
+
+def median_interval(lows: Sequence[float], highs: Sequence[float]) -> Interval:
+    """Return the median of values that are known within bounds, with its interval by ranks.
+
+    The interval goes from the smallest value to the largest. It holds the true median unless all seeds fall
+    on one side of it, which happens with probability ``2 ** (1 - seeds)`` whatever the distribution: 3 % for
+    6 seeds, 0.4 % for 9. So it needs no assumption, holds for values that are only bounded (a run that did
+    not arrive), and is as wide as the steps in which the values were measured.
+
+    Parameters
+    ----------
+    lows, highs : sequence of float
+        Bounds of each seed's value; ``-inf`` and ``inf`` are allowed.
+
+    Returns
+    -------
+    Interval
+        The estimate is the median of the middles, or of the finite bounds where one is infinite; infinite
+        bounds with fewer than 6 seeds, which are too few for 95 %.
+
+    Examples
+    --------
+    >>> from batchnorm_lab.studies.intervals import median_interval
+    >>> median_interval([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, float("inf")])
+    Interval(estimate=3.5, low=1, high=inf, seeds=6)
+    """
+    middles = [
+        (low + high) / 2
+        if math.isfinite(low) and math.isfinite(high)
+        else low
+        if math.isfinite(low)
+        else high
+        for low, high in zip(lows, highs, strict=True)
+    ]
+    seeds = len(middles)
+    estimate = statistics.median(middles)
+    if 2.0 ** (1 - seeds) > 1 - CONFIDENCE:
+        return Interval(estimate, -math.inf, math.inf, seeds)
+    return Interval(estimate, min(lows), max(highs), seeds)
 
 
 def verdict(interval: Interval, *, above: float | None = None, below: float | None = None) -> str:
