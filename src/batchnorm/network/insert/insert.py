@@ -28,6 +28,7 @@ from batchnorm.network.modes import modes
 from batchnorm.network.normalized import Normalized
 from batchnorm.network.progress import watched
 from batchnorm.network.record import Record, write_record
+from batchnorm.network.statistics.meter import moments
 from batchnorm.network.undo import Undo, hook_after, keep_modules, set_modes, stop_gradients
 from batchnorm.network.values.find import Flow, find_flow
 from batchnorm.network.values.modules import is_layer
@@ -325,13 +326,9 @@ def _measure(
 
     def hook(path: str) -> Callable[..., None]:
         def take(layer: nn.Module, args: Any, output: Tensor) -> None:
-            axis = -1 if _axes(layer) is None else 1
-            rows = output.detach().movedim(axis, -1).flatten(0, -2).to(torch.float64)
-            if rows.shape[0] == 0:
-                return
-            mean, count = rows.mean(0), rows.new_tensor(rows.shape[0])
-            fresh = (count, mean, (rows - mean).square().sum(0))
-            pooled[path] = merge(*pooled[path], *fresh) if path in pooled else fresh
+            fresh = moments(output.detach(), -1 if _axes(layer) is None else 1)
+            if int(fresh[0].max()) > 0:
+                pooled[path] = merge(*pooled[path], *fresh) if path in pooled else fresh
 
         return take
 

@@ -8,7 +8,6 @@ because nothing that they refer to is new.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,19 +33,16 @@ class Adopted:
     """First base of the classes that are made here, so that copies and pickles find the way back."""
 
     _adopted_from: type[nn.Module]
+    _first: type
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         get_state = getattr(self, "__getstate__", None)
         state = get_state() if get_state is not None else self.__dict__
-        return (_remake, (self._adopted_from,), state)
+        return (_remake, (self._adopted_from, self._first), state)
 
 
-def _once(make: Callable[..., type[nn.Module]]) -> Callable[..., type[nn.Module]]:
-    return functools.cache(make)
-
-
-def _remake(origin: type[nn.Module]) -> nn.Module:
-    made = ours_for(origin)
+def _remake(origin: type[nn.Module], first: type) -> nn.Module:
+    made = ours_for(origin, first)
     return made.__new__(made)
 
 
@@ -66,14 +62,16 @@ def torch_base(cls: type) -> type[nn.Module] | None:
     return next((base for base in OURS if issubclass(cls, base)), None)
 
 
-@_once
-def ours_for(cls: type[nn.Module]) -> type[nn.Module]:
+@functools.cache
+def ours_for(cls: type[nn.Module], first: type = Adopted) -> type[nn.Module]:
     """The class of ours that serves in the place of a class of torch, or of one derived from it.
 
     Parameters
     ----------
     cls : type
         ``torch.nn.BatchNorm1d/2d/3d`` or a subclass.
+    first : type
+        First base of a class that is made for a subclass.
 
     Returns
     -------
@@ -86,13 +84,15 @@ def ours_for(cls: type[nn.Module]) -> type[nn.Module]:
         raise TypeError(f"{cls.__name__} is no batch norm of torch.")
     if cls is base:
         return OURS[base]
-    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    namespace = {
+        **{name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")},
+        "_adopted_from": cls,
+        "_first": first,
+    }
     if _is_parametrized(cls):
         # torch undoes a parametrization by going to the first base
-        return type(
-            cls.__name__, (ours_for(cls.__bases__[0]),), {**_own_namespace(cls), "_adopted_from": cls}
-        )
-    return type(cls.__name__, (Adopted, cls, OURS[base]), {**namespace, "_adopted_from": cls})
+        return type(cls.__name__, (ours_for(cls.__bases__[0]),), {**_own_namespace(cls), **namespace})
+    return type(cls.__name__, (first, cls, OURS[base]), namespace)
 
 
 def _is_parametrized(cls: type) -> bool:
@@ -126,23 +126,31 @@ def become_ours(layer: _BatchNorm) -> str:
         )
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
-    fresh = OURS[base].adopt(layer)
     own = set(layer.__dict__) | set(layer._modules) | set(layer._buffers) | set(layer._parameters)
     taken = sorted(own & {*_EXTRAS, "domains"})
     if taken:
         return f"its class {cls.__name__} uses the name {taken[0]!r} for something else"
     if cls.forward is not base.forward:
         return f"its class {cls.__name__} has a forward of its own; accelerate calls what is in it by our operator"
-    made = ours_for(cls)
-    _take_on(layer, made, fresh)
+    take_on(layer, ours_for(cls))
     return ""
 
 
-def _take_on(layer: nn.Module, made: type[nn.Module], fresh: nn.Module) -> None:
+def take_on(layer: Any, made: type[nn.Module]) -> None:
+    """Give a layer another class, and the attributes that the class needs beside its own.
+
+    Parameters
+    ----------
+    layer : torch.nn.Module
+        A batch norm; changed in place.
+    made : type
+        From :func:`ours_for`.
+    """
+    fresh = OURS[torch_base(made)].adopt(layer)  # type: ignore[index]
     layer.__class__ = made
     for name in _EXTRAS:
-        layer.__dict__[name] = fresh.__dict__[name]
-    layer.widen()  # type: ignore[operator]
+        layer.__dict__.setdefault(name, fresh.__dict__[name])
+    layer.widen()
 
 
 def become_torch(layer: nn.Module) -> str:

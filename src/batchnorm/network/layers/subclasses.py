@@ -8,14 +8,13 @@ outputs, gradients and statistics agree, in both modes and for every shape that 
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.network.layers.adopt import OURS, Adopted, torch_base
+from batchnorm.network.layers.adopt import Adopted, ours_for, take_on, torch_base
 from batchnorm.network.values.activations import activation_name
 from batchnorm.network.values.modules import has_hooks
 
@@ -23,21 +22,9 @@ from batchnorm.network.values.modules import has_hooks
 _TRIAL_SHAPES = ((6, 0), (6, 0, 5), (6, 5, 0), (6, 0, 3, 2), (6, 3, 2, 0), (6, 0, 2, 2, 2), (6, 2, 2, 2, 0))
 
 
-class Understood(Adopted):
-    """First base of the classes that are made here, so that copies and pickles find the way back."""
-
-    _then_children = False
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        get_state = getattr(self, "__getstate__", None)
-        state = get_state() if get_state is not None else self.__dict__
-        return (_remake, (self._adopted_from, self._then_children), state)
-
-
-class _NormThenChildren(Understood):
+class _NormThenChildren(Adopted):
     """Normalizes, then applies the layer's own children in order: a fused norm and activation."""
 
-    _then_children = True
     # a forward that spells batch norm out asks for no number of axes
     _dimensions = (2, 3, 4, 5)
 
@@ -67,18 +54,6 @@ class _NormThenChildren(Understood):
         return y
 
 
-def _remake(origin: type[nn.Module], then_children: bool) -> nn.Module:
-    made = _class_for(origin, then_children)  # type: ignore[arg-type]
-    return made.__new__(made)
-
-
-@functools.cache
-def _class_for(cls: type[nn.Module], then_children: bool) -> type[nn.Module]:
-    first = _NormThenChildren if then_children else Understood
-    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (first, cls, OURS[torch_base(cls)]), {**namespace, "_adopted_from": cls})  # type: ignore[index]
-
-
 def adopt_subclass(layer: _BatchNorm) -> str:
     """Turn a layer whose class has a forward of its own into one over ours, in place.
 
@@ -98,16 +73,12 @@ def adopt_subclass(layer: _BatchNorm) -> str:
         return f"its class {cls.__name__} is none with a forward of its own"
     reason, then_children = _understand(layer, cls)
     if not reason:
-        _take_on(layer, _class_for(cls, then_children))  # type: ignore[arg-type]
+        take_on(layer, _class_for(cls, then_children))
     return reason
 
 
-def _take_on(layer: Any, made: type[nn.Module]) -> None:
-    fresh = OURS[torch_base(made)].adopt(layer)  # type: ignore[index]
-    layer.__class__ = made
-    for name, value in fresh.__dict__.items():
-        layer.__dict__.setdefault(name, value)
-    layer.widen()
+def _class_for(cls: type[nn.Module], then_children: bool) -> type[nn.Module]:
+    return ours_for(cls, _NormThenChildren if then_children else Adopted)
 
 
 def _understand(layer: _BatchNorm, cls: type[nn.Module]) -> tuple[str, bool]:
@@ -120,7 +91,7 @@ def _understand(layer: _BatchNorm, cls: type[nn.Module]) -> tuple[str, bool]:
     if key in _UNDERSTOOD:
         return "", _UNDERSTOOD[key]
     for then_children in (False, True) if layer._modules else (False,):
-        made = _class_for(cls, then_children)  # type: ignore[arg-type]
+        made = _class_for(cls, then_children)
         trials = [
             _same_on_trial(layer, made, shape, training)
             for training in (True, False)
@@ -154,7 +125,7 @@ def _same_on_trial(
     """Whether ours gives the same output, gradient and statistics; None where theirs refuses the shape."""
     theirs, ours = _bare_copy(layer), _bare_copy(layer)
     counter = _Counter()
-    _take_on(ours, type("Trial", (made,), {"_forward": counter.around(made)}))
+    take_on(ours, type("Trial", (made,), {"_forward": counter.around(made)}))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn([n or layer.num_features for n in shape], generator=generator) * 2 + 0.5
     results: list[tuple[Any, ...]] = []

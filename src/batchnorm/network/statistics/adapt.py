@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, ShapeError
-from batchnorm.kernels.select import select
 from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.modules import Layer
 from batchnorm.network.inputs import Forward, check_forward, copied, move_to, run, single_device
 from batchnorm.network.model import Where, check_model, check_number, chooser, unwrapped
 from batchnorm.network.record import Record, forget, write_record
+from batchnorm.network.statistics.meter import given, moments
 from batchnorm.network.undo import Undo, hook_before, set_modes, stop_gradients, write_together
 from batchnorm.population import blend, merge
-from batchnorm.validation import spread_mask
 
 
 class _Blender:
@@ -37,17 +36,15 @@ class _Blender:
         self.seen = (zeros, zeros, zeros)
 
     def observe(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        z = args[0] if args else kwargs["input"]
-        mask = kwargs.get("mask", args[2] if len(args) > 2 else None)
+        z, mask = given(args, kwargs)
         if z.dim() < 2 or not z.is_floating_point():
             return  # the layer itself says what is wrong
         axis = channel_axis(z.dim(), getattr(layer, "channel_dim", 1))
         if z.shape[axis] != len(self.mean) or values_per_channel(z.shape, axis) == 0:
             return
-        keep = None if mask is None else spread_mask(mask, z, axis)
-        count, mean, m2 = select(z).batch_statistics(z.detach(), axis, keep, self.mean.dtype)
+        count, mean, m2 = (value.to(self.mean) for value in moments(z, axis, mask))
         finite = torch.isfinite(mean) & torch.isfinite(m2) & (count > 0)
-        merged = merge(*self.seen, count.expand(mean.shape), mean, m2)
+        merged = merge(*self.seen, count, mean, m2)
         self.seen = tuple(torch.where(finite, new, old) for new, old in zip(merged, self.seen, strict=True))  # type: ignore[assignment]
         self.samples += z.shape[0]
         self.write()

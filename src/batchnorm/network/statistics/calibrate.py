@@ -7,20 +7,19 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import skips
-from batchnorm.distributed.groups import Names, members
 from batchnorm.domain import active_domain
 from batchnorm.errors import ArgumentError, DataError
-from batchnorm.layout import channel_axis
 from batchnorm.modules import Layer
 from batchnorm.network.inputs import Forward, batches_of, check_forward, copied, move_to, run, single_device
 from batchnorm.network.model import Where, check_model, check_number, chooser, unwrapped
 from batchnorm.network.progress import watched
-from batchnorm.network.ranks.shards import Shards, pool
+from batchnorm.network.ranks.shards import Shards
 from batchnorm.network.record import ATTRIBUTE, Record, write_record
+from batchnorm.network.statistics.meter import Meter
 from batchnorm.network.undo import (
     Undo,
     hook_before,
@@ -30,13 +29,10 @@ from batchnorm.network.undo import (
     stop_gradients,
     write_together,
 )
-from batchnorm.population import merge
 
 Estimator = Literal["pooled", "average", "moving"]
 
 _ESTIMATORS = ("pooled", "average", "moving")
-# elements that are widened to float64 at a time: bounds the extra memory at 32 MiB
-_CHUNK = 1 << 22
 
 
 def calibrate(
@@ -202,137 +198,6 @@ def _run(model: nn.Module, batches: Iterable[Any], forward: Forward | None) -> i
     return number
 
 
-class _Meter:
-    """What one layer saw so far, in float64."""
-
-    def __init__(
-        self, layer: _BatchNorm, holder: nn.Module, path: str, estimator: Estimator, momentum: float
-    ) -> None:
-        self.layer, self.holder, self.path = layer, holder, path
-        self.estimator, self.momentum = estimator, momentum
-        self.mean_buffer: Tensor = holder._buffers["running_mean"]  # type: ignore[assignment]
-        self.var_buffer: Tensor = holder._buffers["running_var"]  # type: ignore[assignment]
-        self.correction = int(getattr(layer, "running_var_correction", 1))
-        device = torch.device("cpu") if self.mean_buffer.device.type == "mps" else self.mean_buffer.device
-        self.count, self.mean, self.spread, self.var_weight = (
-            torch.zeros(self.mean_buffer.shape, dtype=torch.float64, device=device) for _ in range(4)
-        )
-        self.calls = 0
-        # of a layer that pools: where there is somebody to pool with
-        names = getattr(layer, "process_group", None) if isinstance(layer, Layer) else None
-        self.groups: Names | None = names if names is not None and members(names) else None
-        self.skipped = torch.zeros(self.mean_buffer.shape, dtype=torch.int64, device=device)
-
-    def observe(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Take the statistics of the layer's input, and let the layer normalize with them."""
-        z = args[0] if args else kwargs["input"]
-        mask = args[2] if len(args) > 2 else kwargs.get("mask")
-        count, mean, m2 = _statistics(z.detach(), int(getattr(layer, "channel_dim", 1)), mask)
-        count, mean, m2 = (value.to(self.mean.device) for value in (count, mean, m2))
-        if self.groups is not None:
-            count, mean, m2 = pool(self.groups, self.path, count, mean, m2)
-        # an empty batch has no mean; its output is empty too, so that any will do
-        var = m2 / count.clamp(min=1)
-        self.holder._buffers["running_mean"] = mean.to(self.mean_buffer)
-        self.holder._buffers["running_var"] = var.to(self.var_buffer)
-        finite = torch.isfinite(mean) & torch.isfinite(m2)
-        self.skipped += ~finite
-        self.calls += 1
-        zero = torch.zeros_like(mean)
-        self._add(
-            torch.where(finite, count, zero), torch.where(finite, mean, zero), torch.where(finite, m2, zero)
-        )
-
-    def give_back(self) -> None:
-        """Put the running statistics back in their place."""
-        self.holder._buffers["running_mean"] = self.mean_buffer
-        self.holder._buffers["running_var"] = self.var_buffer
-
-    def _add(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
-        if self.estimator == "pooled":
-            self.count, self.mean, self.spread = merge(self.count, self.mean, self.spread, count, mean, m2)
-            return
-        free = count - self.correction
-        var = m2 / free.clamp(min=1)
-        if self.estimator == "average":
-            weight, var_weight = count, torch.where(free > 0, count, torch.zeros_like(count))
-            before, var_before = self.count, self.var_weight
-        else:
-            # a channel without values leaves the average as it is
-            weight = (count > 0).double() * self.momentum
-            var_weight = (free > 0).double() * self.momentum
-            before, var_before = self.count * (1 - weight), self.var_weight * (1 - var_weight)
-        self.count, self.var_weight = before + weight, var_before + var_weight
-        tiny = torch.finfo(torch.float64).tiny
-        self.mean = self.mean + (mean - self.mean) * (weight / self.count.clamp(min=tiny))
-        self.spread = self.spread + (var - self.spread) * (var_weight / self.var_weight.clamp(min=tiny))
-
-    def result(self, told: Record) -> list[tuple[Tensor, Tensor]]:
-        """Give the layer's buffers with what was collected for them, channel by channel where there is an answer."""
-        if not self.calls:
-            return self._leave(told, "never called: its statistics are as they were")
-        if self.estimator == "pooled":
-            free = self.count - self.correction
-            mean, var, known = self.mean, self.spread / free.clamp(min=1), free > 0
-        else:
-            mean, var, known = self.mean, self.spread, self.var_weight > 0
-        if not bool(known.any()):
-            return self._leave(told, "too few finite values per channel for a variance")
-        old_mean, old_var = self.mean_buffer.to(mean), self.var_buffer.to(mean)
-        mean, var = torch.where(known, mean, old_mean), torch.where(known, var, old_var)
-        scale = (var + self.layer.eps).sqrt()
-        shift = float(((mean - old_mean).abs() / scale).max())
-        ratio = float(((old_var + self.layer.eps).sqrt() / scale).log().abs().max().exp())
-        told.add(self.path, _kind(self.layer), "calibrated", self._detail(shift, ratio), tool="calibrate")
-        written = [(self.mean_buffer, mean), (self.var_buffer, var)]
-        counter = self.holder._buffers.get("num_batches_tracked")
-        return written if counter is None else [*written, (counter, torch.tensor(self.calls))]
-
-    def _leave(self, told: Record, reason: str) -> list[tuple[Tensor, Tensor]]:
-        told.leave(self.path, _kind(self.layer), reason, tool="calibrate")
-        return []
-
-    def _detail(self, shift: float, ratio: float) -> str:
-        seen = f"{int(self.count.max())} values in " if self.estimator != "moving" else ""
-        text = (
-            f"{seen}{self.calls} {'call' if self.calls == 1 else 'calls'}; mean moved up to {shift:.2g} "
-            f"standard deviations, standard deviation up to {ratio:.2f}x"
-        )
-        skipped = int(self.skipped.sum())
-        return text + (f"; {skipped} non-finite channel batches left out" if skipped else "")
-
-
-def _statistics(z: Tensor, channel_dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and sum of squared deviations of each channel, in float64, in slices of bounded size."""
-    axis = channel_axis(z.ndim, channel_dim)
-    if z.device.type == "mps":
-        z = z.cpu()
-    channels = z.shape[axis]
-    zeros = torch.zeros(channels, dtype=torch.float64, device=z.device)
-    count, mean, m2 = zeros, zeros, zeros
-    rows = max(1, _CHUNK * len(z) // max(1, z.numel()))
-    keep = None if mask is None else _broadcast_mask(mask.to(z.device), z, axis)
-    for start in range(0, len(z), rows):
-        part = z[start : start + rows].movedim(axis, -1).reshape(-1, channels).double()
-        if keep is not None:
-            chosen = keep[start : start + rows].movedim(axis, -1).reshape(-1)
-            part = part[chosen]
-        if len(part):
-            part_mean = part.mean(0)
-            part_m2 = (part - part_mean).square().sum(0)
-            count, mean, m2 = merge(count, mean, m2, torch.full_like(zeros, len(part)), part_mean, part_m2)
-    return count, mean, m2
-
-
-def _broadcast_mask(mask: Tensor, z: Tensor, axis: int) -> Tensor:
-    """Give the mask of the positions in ``z``, with an axis of length 1 for the channel."""
-    return mask.broadcast_to(z.shape[:axis] + z.shape[axis + 1 :]).unsqueeze(axis)
-
-
-def _kind(layer: nn.Module) -> str:
-    return type(layer).__name__
-
-
 def _meters(
     model: nn.Module,
     chosen: Callable[[str, nn.Module], bool],
@@ -340,9 +205,9 @@ def _meters(
     momentum: float,
     told: Record,
     undo: Undo,
-) -> tuple[dict[nn.Module, _Meter], list[Layer]]:
+) -> tuple[dict[nn.Module, Meter], list[Layer]]:
     """One meter for each layer that is to be measured, and the layers that began a domain for it."""
-    meters: dict[nn.Module, _Meter] = {}
+    meters: dict[nn.Module, Meter] = {}
     begun: list[Layer] = []
     frozen = _put_in_eval(model)
     for path, layer in list(model.named_modules()):
@@ -358,9 +223,9 @@ def _meters(
         elif layer in frozen:
             reason = "in eval mode inside a module in training mode: frozen"
         if reason:
-            told.leave(path, _kind(layer), reason, tool="calibrate")
+            told.leave(path, type(layer).__name__, reason, tool="calibrate")
         else:
-            meters[layer] = _Meter(layer, _holder(layer, begun, undo), path, estimator, momentum)
+            meters[layer] = Meter(layer, _holder(layer, begun, undo), path, estimator, momentum)
     return meters, begun
 
 
@@ -395,7 +260,7 @@ def _put_in_eval(model: nn.Module) -> set[nn.Module]:
     return held_still - held_trained
 
 
-def _measure(undo: Undo, model: nn.Module, meters: Mapping[nn.Module, _Meter]) -> None:
+def _measure(undo: Undo, model: nn.Module, meters: Mapping[nn.Module, Meter]) -> None:
     """Put everything in eval mode, the measured layers normalizing with their batch; to be undone.
 
     A measured layer stays in eval mode and finds its batch's statistics in the place of the running ones.
