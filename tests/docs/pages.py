@@ -11,7 +11,10 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(
-    [ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "lab/benchmarks/README.md")]
+    [
+        ROOT / name
+        for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "lab/src/batchnorm_lab/bench/README.md")
+    ]
     + list(DOCS.rglob("*.md"))
 )
 PAGES = [page for page in PAGES if page.exists() and "_build" not in page.parts]

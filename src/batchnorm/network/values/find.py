@@ -255,7 +255,9 @@ def _views(
         with suppress(Exception):
             views += watch(model, call, example, training=training)
     turned = _turned(model, example) if first and forward is None else {}
-    for named in [turned, *({name: value} for name, value in turned.items())] if turned else []:
+    flags = {name: value for name, value in turned.items() if isinstance(value, bool)}
+    tensors = {name: value for name, value in turned.items() if name not in flags}
+    for named in [turned, flags, tensors] if flags and tensors else [turned] if turned else []:
         try:
             for training in modes_needed:
                 views += watch(model, partial(call, **named), example, training=training)

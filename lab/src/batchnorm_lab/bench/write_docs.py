@@ -8,11 +8,12 @@ from pathlib import Path
 from batchnorm_lab.bench.markdown import document
 from batchnorm_lab.bench.results import read
 
-MARK = "<!-- Below: written by lab/benchmarks/write_docs.py from the CSVs of lab/benchmarks/results/. -->"
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+MARK = "<!-- Below: written by batchnorm_lab.bench.write_docs from the CSVs of lab/results/. -->"
+PAGE = Path(__file__).resolve().parents[4] / "docs" / "benchmarks.md"
 
 
 def main() -> None:
+    """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("csv", type=Path, nargs="+", help="a later file replaces cases of an earlier one")
     parser.add_argument("--page", type=Path, default=PAGE)

@@ -1,6 +1,6 @@
 """Counts what pooling sends: the messages and bytes of a step of ResNet-50's 53 batch norms.
 
-    torchrun --standalone --nproc-per-node 8 lab/benchmarks/messages.py
+    torchrun --standalone --nproc-per-node 8 -m batchnorm_lab.bench.messages
 
 The layers alone run, on one value a channel: what is sent depends on the channels and the ranks, and on
 nothing else. Messages are the backend's own count, bytes what its profiler saw sent.

@@ -48,6 +48,20 @@ def make_variant(name: str, variant: str, layout: str) -> nn.Module:
 
 
 def make_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], float]:
+    """Make one step of training: forward, loss, backward and SGD.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Trained in place.
+    images, labels : Tensor
+        One batch, used in every step.
+
+    Returns
+    -------
+    callable
+        It takes a step and gives the loss.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def step() -> float:

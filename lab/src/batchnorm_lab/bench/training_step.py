@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 
 def main() -> None:
+    """Time what the arguments ask for, and print or add rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,7 +30,7 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
 
-    from steps import time_steps
+    from batchnorm_lab.bench.steps import time_steps
 
     batches = dict(zip(("resnet50", "mobilenet_v2"), map(int, options.batches.split(",")), strict=True))
     started = time.perf_counter()
