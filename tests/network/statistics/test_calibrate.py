@@ -226,7 +226,7 @@ def test_empty_batches_and_half_precision():
 
 
 def test_large_inputs_are_read_in_slices(monkeypatch):
-    module = importlib.import_module("batchnorm.network.statistics.calibrate")
+    module = importlib.import_module("batchnorm.network.statistics.meter")
 
     monkeypatch.setattr(module, "_CHUNK", 50)
     x = torch.randn(11, 3, 5) + 100
