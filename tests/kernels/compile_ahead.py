@@ -83,6 +83,29 @@ def configurations(dtype: str, p: Plan) -> Iterator[tuple[Any, set[str], dict[st
     constants = _merging(p)[1]
     yield merges.merge_statistics, {"tracked"}, {**constants, "GUARD": True, "RAW": False}, 4
     yield merges.merge_sums, set(), constants, 4
+    if dtype == "bfloat16":
+        yield from rarer(p, swept, held, constants)
+
+
+def rarer(
+    p: Plan, swept: dict, held: dict, merging: dict
+) -> Iterator[tuple[Any, set[str], dict[str, Any], int]]:
+    """Constant statistics, a count from other ranks, no affine map, a plain average, statistics alone."""
+    plain = {"residual", "bits"}
+    if p.whole:
+        yield whole.forward, plain | {"bump"}, {**held, "GUARD": False, "ACT": 0}, p.warps
+        yield whole.backward, plain | {"gamma", "beta"}, {**held, "TRAINING": False, "ACT": 1}, p.warps
+        yield sweeps.count_skips, set(), {}, 4
+        return
+    constant = {"count", "sum_dy", "sum_dy_zhat"}
+    alone = {"tracked", "inv_std", "running_mean", "running_var"}
+    yield sweeps.apply, plain | constant, {**swept, "ACT": 1}, p.warps
+    yield sweeps.apply, plain, {**swept, "ACT": 0}, p.warps
+    yield sweeps.statistics, {"tracked"}, swept, p.warps
+    absent = plain | {"gamma", "beta", "skips", "var"}
+    yield sweeps.normalize, absent, {**swept, "VARIANCE": False, "ACT": 0}, p.warps
+    yield merges.merge_statistics, set(), {**merging, "GUARD": False, "RAW": False}, 4
+    yield merges.merge_statistics, alone, {**merging, "GUARD": False, "RAW": True}, 4
 
 
 def compile_one(kernel: Any, absent: set[str], constants: dict, warps: int, dtype: str, arch: int) -> dict:

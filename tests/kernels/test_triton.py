@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from guarded import canaries
+from guarded import Canaries, canaries
 from torch import Tensor
 
 from batchnorm import reference, skips
@@ -243,6 +243,8 @@ class Driver:
     def launch(
         self, kernel: Any, grid: tuple[int, ...], device: Any, arguments: tuple, constants: dict, warps: int
     ) -> None:
+        # a compiled kernel is given its constants by place
+        assert kernel.arg_names[len(arguments) :] == list(constants)
         assert all(0 < n < 2**31 for n in grid[:1])
         assert all(0 < n < 2**16 for n in grid[1:])
         self.names.append(kernel.fn.__name__)
@@ -293,6 +295,25 @@ def test_at_most_three_launches_a_direction_and_no_pass_too_many(
         engine.infer(z, norm, vectors[0], vectors[1])
         assert driver.names == ["normalize"]
         assert driver.passes(z) <= 2.01 + added
+
+
+def test_the_stand_in_sees_a_launch_and_a_pass_too_many(driver: Driver) -> None:
+    z = torch.empty(4096, 64, device="meta")
+    found = engine.forward(z, Norm(1, 1e-5), None)
+    engine.normalize(z, Norm(1, 1e-5), Moments(found.mean, found.inv_std))
+    assert len(driver.names) == 4
+    assert driver.passes(z) >= 5
+
+
+@pytest.mark.parametrize("at", [-1, 1, 6])
+def test_canaries_see_a_write_before_between_and_behind(at: int) -> None:
+    made = Canaries()
+    t = made.around(torch.zeros(3, 2)[:, 0])  # its values are 0, 2 and 4 of its memory
+    assert t is not None
+    made.check()
+    t.as_strided((1,), (1,), t.storage_offset() + at).fill_(1)
+    with pytest.raises(AssertionError, match="outside its tensor"):
+        made.check()
 
 
 def test_what_fits_is_read_once_in_one_launch(driver: Driver) -> None:

@@ -11,6 +11,8 @@ away from zero. ``BATCHNORM_ENGINE=aten`` keeps them there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -101,7 +103,8 @@ def train(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
         The batch's statistics; the variance has divisor m - 1. Not to be written to: the backward keeps them.
     """
     # momentum 1 into zeros is the batch's statistics; into whatever memory held, a NaN would stay a NaN
-    c, how = z.shape[norm.axis], {"dtype": aten.vector_dtype(z), "device": z.device}
+    c = z.shape[norm.axis]
+    how: dict[str, Any] = {"dtype": aten.vector_dtype(z), "device": z.device}
     in_place = not torch.compiler.is_compiling()
     # one launch for both; in a graph they cost none, and views that are written to are in a compiler's way
     mean, var = (
