@@ -67,7 +67,12 @@ def test_the_report_in_korean_tells_the_same(told, story, tmp_path):
     # every label of a figure is translated, but for numbers, names of layers and symbols
     labels = set(re.findall(r">([^<>]+)</text>", page))
     assert {"테스트 정확도", "층", "학습률 0.05 (1배)", "정규화함"} <= labels
-    assert not {label for label in labels if re.search(r"[A-Za-z]{4}", label)} - {"conv1", "conv2", "conv3", "hidden"}
+    assert not {label for label in labels if re.search(r"[A-Za-z]{4}", label)} - {
+        "conv1",
+        "conv2",
+        "conv3",
+        "hidden",
+    }
     # and every number of the English report is in it
     prose = [
         re.sub(r"<svg.*?</svg>|<style.*?</style>", "", text, flags=re.DOTALL)

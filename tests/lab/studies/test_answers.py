@@ -5,7 +5,7 @@ import pytest
 from batchnorm_lab.studies import registry
 from batchnorm_lab.studies.faster_learning import FACTORS, arm, best_factor, speedup
 from batchnorm_lab.studies.hyperparameter_robustness import KINDS, widest_range, working
-from batchnorm_lab.studies.shifted_inputs import NO_ADAPTATION, SEVERITIES, SHIFTS
+from batchnorm_lab.studies.shifted_inputs import CHOSEN_AT, NO_ADAPTATION, SEVERITIES, SHIFTS
 
 SEEDS = range(5)
 
@@ -300,25 +300,54 @@ def test_small_batches_follow_the_accuracies(small, says):
 
 @pytest.mark.parametrize(("adapted", "says"), [(20.0, "borne out"), (70.0, "not borne out")])
 def test_shifted_inputs_follow_the_errors(adapted, says):
-    names = [f"{shift} {severity}" for shift in SHIFTS for severity in SEVERITIES]
-    records = [
-        record(
-            {
-                "error": {f"{name} {NO_ADAPTATION}": 50.0 + seed for name in names}
-                | {
-                    f"{name} {size} {prior}": adapted + seed
-                    for name in names
-                    for size in (16, 64)
-                    for prior in (0, 16)
+    answer = registry.get_study("shifted-inputs").answer(shifted_records(adapted))
+    of_shifts = [
+        f.verdict for f in answer.findings if "shifted inputs" in f.statement or "it does so" in f.statement
+    ]
+    assert len(of_shifts) == 5
+    assert set(of_shifts) == {says}
+
+
+def shifted_records(adapted, clean=1.0, one_class=60.0):
+    def errors(severities, better, seed):
+        names = [f"{shift} {severity}" for shift in SHIFTS for severity in severities]
+        found = {f"{name} {NO_ADAPTATION}": 50.0 + seed for name in names}
+        found |= {f"clean {NO_ADAPTATION}": 1.0 + 0.1 * seed, f"one class {NO_ADAPTATION}": 1.0 + 0.1 * seed}
+        for size in (16, 64):
+            for prior in (0, 4, 16):
+                here = adapted - (prior == better)
+                found |= {f"{name} {size} {prior}": here + seed for name in names}
+                found |= {
+                    f"clean {size} {prior}": clean + 0.1 * seed,
+                    f"one class {size} {prior}": one_class + seed,
                 }
-            },
+        return found
+
+    return [
+        record(
+            # on validation images a prior of 4 is the best, on test images one of 16
+            {"error": errors(SEVERITIES, 16, seed), "validation": errors((CHOSEN_AT,), 4, seed)},
             seed=seed,
             batches=[16, 64],
-            priors=[0.0, 16.0],
+            priors=[0.0, 4.0, 16.0],
         )
         for seed in SEEDS
     ]
-    assert set(verdicts("shifted-inputs", records)) == {says}
+
+
+def test_priors_are_chosen_on_validation_images():
+    said = registry.get_study("shifted-inputs").answer(shifted_records(30)).sentence
+    assert "with prior 4, against" in said
+    assert "One prior for every size of mini-batch: 4, inside the grid." in said
+
+
+def test_what_adapting_does_to_images_that_have_not_shifted():
+    def found(**errors):
+        answer = registry.get_study("shifted-inputs").answer(shifted_records(30, **errors))
+        return [f.verdict for f in answer.findings if "clean" in f.statement or "one class" in f.statement]
+
+    assert found() == ["borne out"] * 2
+    assert found(clean=3.0, one_class=1.0)[0] == "not borne out"
 
 
 @pytest.mark.parametrize(("trapped", "says"), [(0.5, "borne out"), (0.99, "not borne out")])
