@@ -361,8 +361,9 @@ def answer(records: list[Record]) -> Answer:
         )
     for shift in SHIFTS:
         findings.append(_by_shift(records, shift, sizes[-1]))
-    for size in few[1:]:
-        findings += [_unshifted(records, CLEAN, size), _unshifted(records, ONE_CLASS, size)]
+    findings += [_unshifted(records, CLEAN, size) for size in few if size > 1]
+    # larger ones would hold several classes
+    findings.append(_unshifted(records, ONE_CLASS, min(sizes, key=lambda s: abs(s - 16))))
     one = chosen_prior(records, sizes)
     grid = records[0]["setting"]["priors"]
     remarks = [
