@@ -347,7 +347,7 @@ def test_what_adapting_does_to_images_that_have_not_shifted():
         return [f.verdict for f in answer.findings if "clean" in f.statement or "one class" in f.statement]
 
     assert found() == ["borne out"] * 3
-    assert found(clean=3.0, one_class=1.0) == ["not borne out"] * 3
+    assert found(clean=3.0, one_class=-5.0) == ["not borne out"] * 3
 
 
 @pytest.mark.parametrize(("trapped", "says"), [(0.5, "borne out"), (0.99, "not borne out")])
