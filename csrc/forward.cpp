@@ -51,6 +51,9 @@ class ForwardStep {
 
     bool reduces() const { return p.parts & statistics; }
     bool maps() const { return p.parts & normalization; }
+    // What is given unrounded is summed so too. In float up to 1e-5 of the variance would be lost where the mean is large
+    // beside the deviation, for the center may be some deviations off and the sums then cancel.
+    bool wide() const { return sizeof(A) == 4 && p.exact_mean; }
     void begin() const { begin_tracking(p); }
     void end_of_thread() const {
         if (streams) k.fence();
@@ -72,8 +75,9 @@ class ForwardStep {
     }
 
     void reduce_segment(const Planes &g, int64_t c0, int64_t c1, int64_t segment, Lanes &lanes, Sums *out) {
-        A *const sums = lanes.clear(c1 - c0);
         const int64_t begin = segment * g.units_per_segment, end = std::min(g.units, begin + g.units_per_segment);
+        if (wide()) return wide_planes(g, c0, c1, begin, end, out);
+        A *const sums = lanes.clear(c1 - c0);
         for (int64_t u = begin; u < end; ++u) {
             if (u + 1 < g.units) touch(g, u + 1, c0, c1);
             each_kept(g, u, c0, c1, [&](const Block &b, int64_t c) {
@@ -92,6 +96,22 @@ class ForwardStep {
                     });
             }
             out[c - c0] += total;
+        }
+    }
+
+    void wide_planes(const Planes &g, int64_t c0, int64_t c1, int64_t begin, int64_t end, Sums *out) {
+        for (int64_t first = c0; first < c1; first += channels_at_once) {
+            const int64_t last = std::min(c1, first + channels_at_once);
+            Sums totals[channels_at_once];
+            for (int64_t u = begin; u < end; ++u) {
+                if (u + 1 < g.units) touch(g, u + 1, first, last);
+                each_kept(g, u, first, last, [&](const Block &b, int64_t c) {
+                    const char *row = static_cast<const char *>(b.z);
+                    for (size_t i = 0; i < b.rows; ++i, ++c, row += b.z_step)
+                        totals[c - first] += k.wide_moments(row, b.len, static_cast<double>(center[c]));
+                });
+            }
+            for (int64_t c = first; c < last; ++c) out[c - c0] += totals[c - first];
         }
     }
 
@@ -163,6 +183,7 @@ class ForwardStep {
             b.z_step = step;
             b.rows = static_cast<size_t>(count);
             b.len = static_cast<size_t>(len);
+            if (wide()) return wide_columns(b, all.center + j, sum + (j - j0), square + (j - j0));
             k.column_moments(b, all.center + j, sum + (j - j0), square + (j - j0));
         };
         const auto at = [&](int64_t r, int64_t j) { return z.p + (r * g.z_stride + j) * element; };
@@ -190,6 +211,23 @@ class ForwardStep {
                     memcpy(together + slot * step, at(r, j), static_cast<size_t>(count * element));
             },
             [&](int64_t slots, int64_t j, int64_t count) { reduce(together, step, slots, j, count); });
+    }
+
+    void wide_columns(const Block &b, const A *from, double *sum, double *square) const {
+        constexpr size_t chunk = 256;
+        A row[chunk];
+        for (size_t j = 0; j < b.len; j += chunk) {
+            const size_t count = std::min(chunk, b.len - j);
+            const char *z_ = static_cast<const char *>(b.z) + j * static_cast<size_t>(element);
+            for (size_t r = 0; r < b.rows; ++r, z_ += b.z_step) {
+                k.gather(z_, element, count, row);
+                for (size_t i = 0; i < count; ++i) {
+                    const double d = static_cast<double>(row[i]) - static_cast<double>(from[j + i]);
+                    sum[j + i] += d;
+                    square[j + i] += d * d;
+                }
+            }
+        }
     }
 
     void map_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {

@@ -13,6 +13,7 @@ from ranks import run
 from torch import nn
 
 import batchnorm
+from batchnorm.distributed import conversation
 from batchnorm.errors import ArgumentError, BatchNormError, NonFiniteError, TooFewValuesError
 
 ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "gelu"]
@@ -79,15 +80,19 @@ def one(case, samples, group, layout=None):
     return local, summed, [layer.running_mean, layer.running_var, layer.num_batches_tracked]
 
 
-def ranks_of_all_cases(rank, sizes):
+def ranks_of_all_cases(rank, sizes, limit):
+    if limit is not None:
+        conversation.GATHER_LIMIT = limit
     start = sum(sizes[:rank])
     samples = slice(start, start + sizes[rank])
     return [one(case, samples, "world", rank) for case in cases()]
 
 
-@pytest.mark.parametrize("sizes", SHARDS, ids=str)
-def test_every_layout_dtype_and_activation_equals_one_process(sizes):
-    results = run(ranks_of_all_cases, len(sizes), sizes)
+@pytest.mark.parametrize(
+    ("sizes", "limit"), [*((sizes, None) for sizes in SHARDS), ([5, 0, 3], 0)], ids=lambda v: str(v)
+)
+def test_every_layout_dtype_and_activation_equals_one_process(sizes, limit):
+    results = run(ranks_of_all_cases, len(sizes), sizes, limit)
     for i, case in enumerate(cases()):
         wanted = one(case, slice(0, sum(sizes)), None)
         found = [result[i] for result in results]
@@ -106,6 +111,45 @@ def test_every_layout_dtype_and_activation_equals_one_process(sizes):
         for f in found:
             for a, b in zip(f[2], wanted[2], strict=True):
                 near(a, b)
+
+
+def many_channels(rank, sizes, channels):
+    kinds = []
+    send = conversation.Conversation._send
+
+    def noted(self, call, header, data, reduces):
+        kinds.append((reduces, len(header) + len(data)))
+        return send(self, call, header, data, reduces)
+
+    conversation.Conversation._send = noted
+    results = wide(sizes, channels, rank, "world")
+    return results, kinds
+
+
+def wide(sizes, channels, rank, group):
+    torch.manual_seed(0)
+    z = torch.randn(sum(sizes), channels, dtype=torch.float64) + 3
+    z = (z if rank is None else z.split(sizes)[rank]).clone().requires_grad_()
+    layer = batchnorm.BatchNorm1d(channels, dtype=torch.float64, process_group=group)
+    for _ in range(3):
+        y = layer(z)
+        z.grad = None
+        y.pow(3).sum().backward()
+    return y.detach(), z.grad, layer.running_mean, layer.running_var
+
+
+def test_above_a_mebibyte_sums_are_sent_instead_of_rows_and_every_rank_chooses_alike():
+    sizes, channels = [4, 0, 3], 22000
+    found = run(many_channels, 3, sizes, channels)
+    wanted = wide(sizes, channels, None, None)
+    for i in (0, 1):
+        torch.testing.assert_close(torch.cat([f[0][i] for f in found]), wanted[i])
+    for results, kinds in found:
+        # mean, spread and backward: three sums a step, of O(C) words
+        assert kinds[-3:] == [(True, channels + 10), (True, channels + 8), (True, 2 * channels + 8)]
+        for i in (2, 3):
+            torch.testing.assert_close(results[i], wanted[i])
+            assert torch.equal(results[i], found[0][0][i])
 
 
 # -- bits ------------------------------------------------------------------------------------------------------
@@ -130,27 +174,33 @@ def test_statistics_have_the_same_bits_on_every_rank_in_every_run_and_with_any_t
                 assert torch.equal(var, wanted_var)
 
 
-def far_from_zero(rank, sizes, mean, std):
-    layer = batchnorm.BatchNorm1d(3, momentum=1.0, process_group="world", running_var_correction=0)
-    layer(far_values(sizes, mean, std)[rank])
+def far_from_zero(rank, sizes, mean, std, sample):
+    cls = batchnorm.BatchNorm2d if len(sample) == 3 else batchnorm.BatchNorm1d
+    layer = cls(sample[0], momentum=1.0, process_group="world", running_var_correction=0)
+    z = far_values(sizes, mean, std, sample)[rank]
+    layer(z.contiguous(memory_format=torch.channels_last) if z.dim() == 4 and rank % 2 else z)
     return layer.running_mean, layer.running_var
 
 
-def far_values(sizes, mean, std):
+def far_values(sizes, mean, std, sample):
     g = torch.Generator().manual_seed(5)
-    return (torch.randn(sum(sizes), 3, generator=g, dtype=torch.float64) * std + mean).float().split(sizes)
+    z = torch.randn(sum(sizes), *sample, generator=g, dtype=torch.float64) * std + mean
+    return z.float().split(sizes)
 
 
+@pytest.mark.parametrize("sample", [(3,), (48, 7, 5)], ids=str)
 @pytest.mark.parametrize(("mean", "std"), [(1e4, 1.0), (-3e5, 10.0), (0.0, 1e-5), (1e-2, 1e-5)])
-def test_nothing_of_the_variance_is_rounded_away(mean, std):
+def test_nothing_of_mean_and_variance_is_rounded_away(mean, std, sample):
     sizes = [500, 1, 300, 37]
-    values = torch.cat(far_values(sizes, mean, std)).double()
-    exact_mean, exact_var = values.mean(0), values.var(0, correction=0)
-    for found_mean, found_var in run(far_from_zero, 4, sizes, mean, std):
-        # one unit in the last place of the values: where they cancel, the mean has no more digits than they have
-        ulp = torch.finfo(torch.float32).eps * torch.maximum(exact_mean.abs(), exact_var.sqrt())
-        assert ((found_mean.double() - exact_mean).abs() <= ulp).all()
-        torch.testing.assert_close(found_var.double(), exact_var, rtol=1e-6, atol=0)
+    values = torch.cat(far_values(sizes, mean, std, sample)).double().transpose(0, 1).flatten(1)
+    exact_mean, exact_var = values.mean(1), values.var(1, correction=0)
+    # one rounding to float32 and no other: sums are taken in float64, here and there, whose own rounding is
+    # 1e-16 of the largest value a term, 2e-11 of the variance at these means
+    half = torch.finfo(torch.float32).eps / 2
+    noise = 4e-16 * values.abs().amax(1)
+    for found_mean, found_var in run(far_from_zero, 4, sizes, mean, std, sample):
+        assert ((found_mean.double() - exact_mean).abs() <= half * exact_mean.abs() + noise).all()
+        torch.testing.assert_close(found_var.double(), exact_var, rtol=half + 1e-10, atol=0)
 
 
 # -- masks -----------------------------------------------------------------------------------------------------
