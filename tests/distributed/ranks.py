@@ -108,9 +108,11 @@ def _rank(
         if where is not None:
             span = datetime.timedelta(seconds=timeout)
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            dist.init_process_group(
-                "gloo", store=_store(store, where, rank, ranks), rank=rank, world_size=ranks, timeout=span
-            )
+            kept = _store(store, where, rank, ranks)
+            # all are there before anybody's timeout begins: on a busy machine a process may start late
+            kept.set(f"up/{rank}", b"1")
+            kept.wait([f"up/{r}" for r in range(ranks)], datetime.timedelta(seconds=120))
+            dist.init_process_group("gloo", store=kept, rank=rank, world_size=ranks, timeout=span)
         begun = time.monotonic()
         result = function(rank, *args)
     except BaseException as raised:

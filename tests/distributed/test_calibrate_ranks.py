@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import time
 
 import pytest
 import torch
-from ranks import run
+from ranks import outcomes_of, run
 from torch import nn
 
 import batchnorm
 from batchnorm.errors import ArgumentError, BatchNormError, DataError
 
+TIMEOUT_S = 3
 SHARDS = [[5, 2, 9], [], [1, 4]]
 
 
@@ -99,6 +103,45 @@ def failing(rank, pooled, where):
         same = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         return type(error).__name__, str(error), same, model.training
     return None
+
+
+def leaving(rank, pooled, how):
+    model = model_of(first_alone=False)
+    if pooled:
+        batchnorm.synchronize(model)
+    before = copy.deepcopy(model.state_dict())
+
+    begun = 0.0
+
+    def batches():
+        nonlocal begun
+        for i in range(3):
+            begun = begun or time.monotonic() * (i == 1)
+            if rank == 1 and i == 1:
+                if how == "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(TIMEOUT_S + 4)
+            yield torch.randn(3, 3, dtype=torch.float64)
+
+    try:
+        batchnorm.calibrate(model, batches(), progress=False, group="world")
+    except BatchNormError as error:
+        same = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        return str(error), same, time.monotonic() - begun
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
+def test_a_rank_that_leaves_is_named_and_the_others_stay_as_they_were(pooled, how):
+    outcomes = outcomes_of(leaving, 3, pooled, how, timeout=TIMEOUT_S)
+    for rank in (0, 2):
+        assert outcomes[rank].code == 0
+        text, same, seconds = outcomes[rank].result
+        assert "rank 1 did not come" in text
+        assert same
+        assert seconds < TIMEOUT_S + 5
 
 
 @pytest.mark.parametrize("pooled", [False, True])

@@ -64,7 +64,8 @@ def compiled(rank, backend):
     return results, net.state_dict(), calls
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_graphs_pool_in_the_same_order_on_ragged_and_empty_ranks(backend):
     found = run(compiled, 2, backend, timeout=280, limit=290)
     net = norms()

@@ -214,7 +214,7 @@ def absent(rank, who, how):
 ABSENCES = [
     (who, how, store) for store in ("tcp", "file") for how in ("dies", "sleeps", "leaves") for who in (0, 1)
 ]
-QUICK = [(1, "dies", "tcp"), (0, "dies", "tcp"), (1, "sleeps", "tcp")]
+QUICK = [(1, "dies", "tcp"), (0, "dies", "tcp")]
 
 
 @pytest.mark.parametrize(

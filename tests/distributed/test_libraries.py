@@ -34,3 +34,19 @@ def test_two_processes_end_with_the_same_statistics(library, tmp_path):
     first, second = (literal_eval((tmp_path / str(rank)).read_text()) for rank in (0, 1))
     assert first == second
     assert not torch.allclose(torch.tensor(first[0]), torch.zeros(4))
+
+
+@pytest.mark.slow
+def test_lightning_takes_the_plugin_and_refuses_it_beside_its_own_flag():
+    pytest.importorskip("lightning")
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from batchnorm.lightning import PooledBatchNorm
+
+    plugin = PooledBatchNorm()
+    settings = {"accelerator": "cpu", "devices": 1, "strategy": "ddp", "logger": False}
+    trainer = Trainer(**settings, plugins=[plugin])
+    assert trainer.strategy._layer_sync is plugin
+    with pytest.raises(MisconfigurationException, match="sync_batchnorm"):
+        Trainer(**settings, plugins=[plugin], sync_batchnorm=True)

@@ -180,6 +180,22 @@ def test_eval_fold_and_export_are_those_of_the_plain_model():
     torch.testing.assert_close(programs[1].module()(x), plain(x))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_onnx_of_a_synchronized_model_is_that_of_the_plain_one():
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    pooled = batchnorm.synchronize(copy.deepcopy(plain)).eval()
+    x = torch.randn(2, 2, 3, 3)
+    kinds = []
+    for model in (plain, pooled):
+        program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+        kinds.append([node.op_type for node in program.model.graph])
+    assert kinds[0] == kinds[1]
+    assert kinds[0]
+
+
 # -- groups ----------------------------------------------------------------------------------------------------
 def halves(rank, how):
     torch.manual_seed(0)

@@ -65,6 +65,7 @@ def test_uneven_loaders_equal_one_process(how):
     assert_equal_models(run(uneven, 3, how), model.state_dict())
 
 
+@pytest.mark.slow
 def test_join_of_ddp_alone_fails_with_the_way_out():
     texts = [text for text in run(uneven, 3, "ddp", timeout=3) if text]
     assert texts

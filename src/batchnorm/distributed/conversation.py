@@ -9,6 +9,7 @@ different ones, every rank raises the same error.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm.distributed.calls import PIECES, Call, code_of, pieces_of
-from batchnorm.distributed.groups import global_rank
+from batchnorm.distributed.groups import global_rank, timeout_of
 from batchnorm.distributed.merge import add_up, merge_statistics
 from batchnorm.distributed.order import Order, Plan
 from batchnorm.distributed.rollcall import RollCall, watch
@@ -30,6 +31,9 @@ HEADER = 8
 
 GATHER_LIMIT = 1 << 20
 """Bytes that a rank may receive in one gather; above, sums over ranks are sent instead of rows."""
+
+# what a message takes that goes through
+_MARGIN_S = 0.5
 
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
@@ -80,7 +84,7 @@ class Conversation:
         self._group, self._size = ref(group), group.size()
         self._order = Order()
         self._roll = RollCall(group)
-        self._lost = ""
+        self._lost, self._refusing = "", False
         self._differed = 0
         self._late: deque[_Late] = deque()
         watch(self._roll)
@@ -155,7 +159,7 @@ class Conversation:
         """
         return self._agree(call, (), values, False)[:, HEADER:]
 
-    def refuse(self, call: Call, why: str) -> None:
+    def refuse(self, call: Call, why: str, since: float | None = None) -> None:
         """Tell the others that this rank cannot go on, in the message that they wait for.
 
         Parameters
@@ -164,13 +168,21 @@ class Conversation:
             Stands for the refusal; no rank is in it otherwise.
         why : str
             What the others are told.
+        since : float or None
+            When they may have begun to wait (`time.monotonic`). Where they have given up by now, as this rank
+            has, nobody is told.
         """
+        if since is not None and time.monotonic() - since > timeout_of(self._group()) - _MARGIN_S:
+            return
+        self._refusing = True
         try:
             self._agree(
                 call._replace(path=f"{call.path}: {why}"), (), torch.zeros(0, dtype=torch.float64), False
             )
         except PoolingError:
             return  # the one that this rank is about to raise came first
+        finally:
+            self._refusing = False
 
     def later(self, passed: Tensor, error: Callable[[], BatchNormError]) -> None:
         """Raise an error unless a flag holds: at once on a CPU, else when the next message is sent.
@@ -283,9 +295,9 @@ class Conversation:
 
     def _disagreement(self, call: Call, number: int) -> PoolingError:
         self._differed += 1
-        answers, asked = self._roll.call(f"differ/{number}/{self._differed}", str(call))
-        said = "; ".join(f"rank {self.rank(r)} is in {answers[r]}" for r in sorted(answers))
-        if not asked:
+        heard = self._roll.call(f"differ/{number}/{self._differed}", str(call))
+        said = "; ".join(f"rank {r} is in {place.where}" for r, place in sorted(heard.places.items()))
+        if not heard.asked:
             said += "; the store did not tell where the others are"
         return PoolingError(
             f"batch_norm: the ranks are in different calls: {said}.",
@@ -295,18 +307,27 @@ class Conversation:
             at=call.path,
         )
 
-    def _absence(self, call: Call, cause: RuntimeError) -> PoolingError:
-        answers, asked = self._roll.call("lost", str(call))
-        missing = [self.rank(r) for r in range(self._size) if r not in answers]
-        said = "; ".join(f"rank {self.rank(r)} waits in {answers[r]}" for r in sorted(answers))
-        if missing and (asked or len(answers) > 1):
-            names = ", ".join(f"rank {r}" for r in missing)
-            what = f"{names} did not come to {call}; {said}"
-        elif missing:
+    def _who_is_missing(self, call: Call) -> str:
+        if self._refusing:
+            return f"no refusal went through in {call}"  # another error is on its way up
+        heard = self._roll.call("lost", str(call))
+        said = [f"rank {r} waits in {place.where}" for r, place in sorted(heard.places.items())]
+        said += [f"rank {r} had raised: {text}" for r, text in sorted(heard.raised.items())]
+        names = ", ".join(f"rank {r}" for r in heard.missing)
+        if not names:
+            return f"no message went through in {call}; {'; '.join(said)}"
+        if not heard.asked and len(heard.places) == 1:
             # torchrun keeps the store in a process of its own; without it rank 0 does
-            what = f"rank 0 does not answer, which keeps the store, and {call} cannot be pooled; {said}"
-        else:
-            what = f"no message went through in {call}; {said}"
+            return f"rank 0 does not answer, which keeps the store, and {call} cannot be pooled; {said[0]}"
+        mine = {self.rank(r) for r in range(self._size)}
+        where = ", and holds up those who wait" if mine.isdisjoint(heard.missing) else f" to {call}"
+        what = f"{names} did not come{where}; {'; '.join(said)}"
+        if heard.asked:
+            self._roll.raises(what)
+        return what
+
+    def _absence(self, call: Call, cause: RuntimeError) -> PoolingError:
+        what = self._who_is_missing(call)
         first = str(cause).strip().splitlines()
         self._lost = what
         return PoolingError(

@@ -6,6 +6,7 @@ group is, and it is looked up when it is used, so that `torch.distributed` may b
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch.distributed as dist
@@ -133,3 +134,22 @@ def global_rank(group: Any, rank: int) -> int:
         Its place among all ranks.
     """
     return dist.get_global_rank(group, rank)
+
+
+def timeout_of(group: Any) -> float:
+    """Give how long a group's messages wait.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The group.
+
+    Returns
+    -------
+    float
+        In seconds; torch's default where the backend does not tell.
+    """
+    for device in group._device_types:
+        with contextlib.suppress(RuntimeError, AttributeError):  # no such backend here, or one without options
+            return group._get_backend(device).options._timeout.total_seconds()
+    return dist.distributed_c10d.default_pg_timeout.total_seconds()

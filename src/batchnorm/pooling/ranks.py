@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -237,12 +238,12 @@ class Pooling:
 
     def _at_every_level(self, pool: Any) -> talks.Conversation | None:
         failed: PoolingError | None = None
-        talk = None
+        talk, begun = None, time.monotonic()
         for group in members(self.groups):
             talk = talks.conversation(group)
             if failed is not None:
                 # the ranks of the next level wait for this one: it tells them
-                talk.refuse(self.call("refused"), failed.what)
+                talk.refuse(self.call("refused"), failed.what, begun)
                 continue
             try:
                 pool(talk)

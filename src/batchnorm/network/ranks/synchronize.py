@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.distributed.groups import WORLD, Names, initialised, names_of
+from batchnorm.distributed.groups import WORLD, Names, initialised, names_of, timeout_of
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import BatchNorm2d, Layer
 from batchnorm.network.inputs import copied
@@ -176,7 +177,8 @@ def _own_group() -> Names:
             why="every rank has to take part when a group is made.",
             mend="init_process_group() first; or group=None, which is looked up when it is used.",
         )
-    return names_of(dist.new_group())
+    # a new group would have torch's timeout, not that of the job
+    return names_of(dist.new_group(timeout=datetime.timedelta(seconds=timeout_of(dist.group.WORLD))))
 
 
 def _synchronize(path: str, layer: Any, names: Names, by_default: bool) -> Names:
