@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchnorm import reference
-from batchnorm.kernels import cpu
+from batchnorm.kernels import cpu, triton
 from batchnorm.kernels.activations import ACTIVATIONS, PIECEWISE_LINEAR
 from batchnorm.kernels.contract import Engine, Norm
 from batchnorm.population import Tracking
@@ -33,7 +33,21 @@ EPS = 1e-3
 """Large enough that a channel of two nearly equal values does not amplify rounding without bound."""
 
 
+TRITON = {
+    "triton": {},
+    # nothing is held on the chip, and small tensors are cut into strips and splits as large ones are
+    "triton-swept": {"HELD": 0, "TILE": 1024, "FEWEST_ROWS": 4, "PROGRAMS": 16},
+    "triton-planes": {"HELD": 0, "TILE": 512, "FEWEST_ROWS": 1, "PROGRAMS": 32, "LARGE_PLANE": 2},
+}
+"""Ways through `batchnorm.kernels.triton.plan`: what a program does at once."""
+
+
+def _knows(engine: Engine, case: Case) -> None:
+    assume(engine.name != "triton" or case.z.dtype in triton.DTYPES)
+
+
 def _rounds_once(engine: Engine, case: Case) -> None:
+    _knows(engine, case)
     # in half precision torch rounds after the normalization, after the addition and after the activation
     half = case.z.dtype in (torch.bfloat16, torch.float16)
     assume(engine.name != "torch" or not half or (case.activation is None and case.residual is None))
