@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 from contract_cases import (
-    CORES,
     EPS,
     ROUNDING,
     TRITON,
@@ -22,15 +19,12 @@ from contract_cases import (
     _tracking,
     cases,
 )
-from guarded import interpreted
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from batchnorm import reference
 from batchnorm.errors import ArgumentError
-from batchnorm.kernels import aten, cpu
-from batchnorm.kernels import torch as own
 from batchnorm.kernels.activations import PIECEWISE_LINEAR
 from batchnorm.kernels.contract import Engine, Moments, Norm
 from batchnorm.population import commit
@@ -46,29 +40,6 @@ EXEMPT = {
     },
 }
 """What an engine does not promise, by name and with the reason; docs/gpu.md says the same."""
-
-
-# the interpreter takes minutes; test_triton.py has what is quick
-_INTERPRETED = [pytest.param(name, marks=pytest.mark.slow) for name in TRITON]
-
-
-@pytest.fixture(params=["aten", "torch", *CORES, *_INTERPRETED], scope="module")
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    if request.param in ("aten", "torch"):
-        yield {"aten": aten.engine, "torch": own.engine}[request.param]
-        return
-    if request.param in TRITON:
-        with interpreted(**TRITON[request.param]) as guarded:
-            yield guarded  # type: ignore[misc]
-        return
-    before = cpu._core.isa()
-    _, isa, *small = request.param.split("-")
-    cpu._core.select_isa(isa)
-    if small:
-        cpu._core.pretend_cache(2048, 8192)
-    yield cpu.engine
-    cpu._core.pretend_cache(0, 0)
-    cpu._core.select_isa(before)
 
 
 @pytest.fixture(autouse=True)
