@@ -50,6 +50,14 @@ def activation_of(call: Call) -> str | None:
     return call.op if call.op in ACTIVATIONS and not call.kwargs else None
 
 
+def next_call(flow: Flow, call: Call) -> Call:
+    """The one call that reads the output of a call, past Identity and dropout in eval mode."""
+    reader = flow.sole_reader(call.output)
+    while reader.passes_on:
+        reader = flow.sole_reader(reader.output)
+    return reader
+
+
 def chain_after(flow: Flow, norm: nn.Module) -> NormChain:
     """Find ``norm -> activation`` or ``norm -> sum -> activation``.
 
@@ -69,9 +77,9 @@ def chain_after(flow: Flow, norm: nn.Module) -> NormChain:
     try:
         kinds = set()
         for call in flow.calls(norm):
-            reader, total = flow.next_call(call), None
+            reader, total = next_call(flow, call), None
             if reader.is_sum:
-                total, reader = reader, flow.next_call(reader)
+                total, reader = reader, next_call(flow, reader)
             if activation_of(reader) is None:
                 raise Unproven(f"followed by {reader.op} {reader.path}".strip())
             kinds.add((total is not None, activation_of(reader)))

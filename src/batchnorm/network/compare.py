@@ -49,6 +49,10 @@ def leaves(tree: Any, path: str = "", seen: dict[int, Any] | None = None) -> Ite
         return
     if isinstance(tree, Mapping):
         parts: list[tuple[Any, Any]] = list(tree.items())
+    elif isinstance(tree, Sequence) and tree and all(isinstance(item, float) for item in tree):
+        # numbers of one list are of one scale, and one of them alone may be near 0
+        yield path, torch.tensor(tree, dtype=torch.float32)
+        return
     elif isinstance(tree, Sequence):
         parts = list(enumerate(tree))
     else:
@@ -107,7 +111,8 @@ def epsilon(value: Any) -> float | None:
     if isinstance(value, Tensor):
         rounded = value.is_floating_point() or value.is_complex()
         return torch.finfo(value.dtype).eps if rounded and value.numel() else None
-    return torch.finfo(torch.float64).eps if isinstance(value, (float, complex)) else None
+    # what dtype a plain number had as a tensor it does not say
+    return torch.finfo(torch.float32).eps if isinstance(value, (float, complex)) else None
 
 
 def apart(a: Any, b: Any) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import ArgumentError
+from batchnorm.network.model import check_model, unwrapped
 
 Forward = Callable[[nn.Module, Any], Any] | None
 """How a network is called on an input, where that is not plain: ``forward(model, batch)``."""
@@ -154,6 +155,27 @@ def copied(model: nn.Module) -> nn.Module:
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
+
+
+def target(model: nn.Module, tool: str, inplace: bool) -> nn.Module:
+    """What a tool changes: the network that it is given, or a copy of what is inside of it.
+
+    Parameters
+    ----------
+    model : object
+        As given.
+    tool : str
+        Who asks.
+    inplace : bool
+        As given.
+
+    Returns
+    -------
+    torch.nn.Module
+        ``model`` itself where ``inplace`` is true.
+    """
+    check_model(model, tool)
+    return model if inplace else copied(unwrapped(model))
 
 
 def batches_of(data: Any, verb: str) -> Iterable[Any]:

@@ -132,7 +132,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if hasattr(model, "_orig_mod") and hasattr(model, "dynamo_ctx"):
         return unwrapped(model._orig_mod)  # type: ignore[arg-type]
     if isinstance(model, _WRAPPERS) or type(model).__name__ == "AveragedModel":
-        return unwrapped(model.module)
+        return unwrapped(model.module)  # type: ignore[arg-type]
     return model
 
 

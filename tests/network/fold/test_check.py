@@ -36,6 +36,7 @@ ANSWERS = {
     "data class with slots": lambda z: Boxed("z", Answer(z)),
     "complex": lambda z: torch.complex(z, -z),
     "numbers": lambda z: [float(x) for x in z.flatten()],
+    "numbers near 0 among others": lambda z: [float(x) for x in (z - z.mean()).repeat(1, 50).flatten()],
     "complex numbers": lambda z: [complex(x) for x in z.flatten()],
     "array": lambda z: z.numpy(),
     "distribution": lambda z: torch.distributions.Normal(z, 1.0),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from chains import next_call
 from torch import Tensor, nn
 
 import batchnorm
@@ -165,9 +166,9 @@ def test_m1_the_input_is_not_normalized_and_m2_the_norm_stands_before_the_nonlin
     flow = find_flow(result)
     for layer, activation in ((result.fc1, "relu"), (result.fc2, "tanh")):
         call = flow.calls(layer.layer)[0]
-        norm = flow.next_call(call)
+        norm = next_call(flow, call)
         assert norm.module is layer.norm
-        assert flow.next_call(norm).op == activation
+        assert next_call(flow, norm).op == activation
     first = flow.views[0].calls[0]
     assert first.module is result.fc1.layer
 

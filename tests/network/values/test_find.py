@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from chains import chain_after
+from chains import chain_after, next_call
 from torch import Tensor, nn
 
 from batchnorm.network.values.find import Flow, Unproven, batch_norms, find_flow
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 def _next_path(flow: Flow, module: nn.Module) -> set[str]:
-    return {flow.next_call(call).path for call in flow.calls(module)}
+    return {next_call(flow, call).path for call in flow.calls(module)}
 
 
 def both(model: nn.Module, *shape: int) -> list[Flow]:
@@ -82,7 +82,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not net.bn.training
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     with pytest.raises(Unproven, match="kept"):
-        flow.next_call(flow.calls(net.conv)[0])
+        next_call(flow, flow.calls(net.conv)[0])
 
 
 def test_a_value_kept_by_a_hook_of_a_run_counts_as_read_by_others() -> None:
@@ -134,7 +134,7 @@ def test_a_change_in_place_through_a_view_is_seen_by_later_readers() -> None:
     net = Views()
     for flow in both(net, 1, 4, 4, 4):
         with pytest.raises(Unproven):
-            [flow.next_call(call) for call in flow.calls(net.conv)]
+            [next_call(flow, call) for call in flow.calls(net.conv)]
 
 
 def test_a_change_in_place_stands_between_maker_and_reader() -> None:
@@ -146,7 +146,7 @@ def test_a_change_in_place_stands_between_maker_and_reader() -> None:
 
     net = Changed()
     for flow in both(net, 1, 4, 4, 4):
-        assert {flow.next_call(call).op for call in flow.calls(net.conv)} == {"mul"}
+        assert {next_call(flow, call).op for call in flow.calls(net.conv)} == {"mul"}
 
 
 class Checks(nn.Module):
@@ -188,7 +188,7 @@ def test_a_branch_on_values_is_followed_both_ways_and_parts_are_seen_nevertheles
     for flow in both(net, 1, 4, 4, 4):
         assert chain_after(flow, net.block.bn).activation == "relu"
         with pytest.raises(Unproven):
-            [flow.next_call(call) for call in flow.calls(net.conv)]
+            [next_call(flow, call) for call in flow.calls(net.conv)]
 
 
 class Unusual(nn.Module):
@@ -229,7 +229,7 @@ def test_a_branch_on_a_flag_is_followed_both_ways() -> None:
     net = Flag()
     for flow in both(net, 1, 4, 4, 4):
         with pytest.raises(Unproven, match="returned"):
-            [flow.next_call(call) for call in flow.calls(net.conv)]
+            [next_call(flow, call) for call in flow.calls(net.conv)]
 
 
 def test_a_number_that_python_asks_for_is_taken_from_a_real_run() -> None:
@@ -242,7 +242,7 @@ def test_a_number_that_python_asks_for_is_taken_from_a_real_run() -> None:
 
     net = Counts()
     for flow in both(net, 1, 4, 4, 4):
-        assert all(flow.next_call(call).path == "bn" for call in flow.calls(net.conv))
+        assert all(next_call(flow, call).path == "bn" for call in flow.calls(net.conv))
 
 
 def test_a_look_writes_to_no_buffer_and_draws_no_number() -> None:
@@ -276,7 +276,7 @@ def test_training_and_inference_are_two_flows() -> None:
     assert _next_path(inference, net.conv) == {"bn"}
     both_modes = find_flow(net, modes_needed=(False, True))
     with pytest.raises(Unproven, match="used 2 times"):
-        [both_modes.next_call(call) for call in both_modes.calls(net.conv)]
+        [next_call(both_modes, call) for call in both_modes.calls(net.conv)]
     assert {call.view.training for call in both_modes.calls(net.aux)} == {True}
 
 

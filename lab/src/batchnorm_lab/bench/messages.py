@@ -8,6 +8,8 @@ nothing else. Messages are the backend's own count, bytes what its profiler saw 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -32,7 +34,7 @@ def main() -> None:
     """Count, and print one line."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    layers = batchnorm.synchronize(nn.ModuleList(nn.BatchNorm1d(c) for c in channels()), "own")
+    layers: Any = batchnorm.synchronize(nn.ModuleList(nn.BatchNorm1d(c) for c in channels()), "own")
     group = find(layers[0].process_group[0])
     inputs = [torch.randn(1, c, requires_grad=True) for c in channels()]
     told = []

@@ -39,7 +39,7 @@ def make_variant(name: str, variant: str, layout: str) -> nn.Module:
     """
     model = models.make(name, models.fused_norm_act if variant == "after" else models.PlainNormAct)
     if layout == "channels_last":
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if variant == "accelerated":
         import batchnorm
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm.errors import ArgumentError, BatchNormError, TraceError
+from batchnorm.errors import ArgumentError
 from batchnorm.network.fold.check import check
 from batchnorm.network.fold.ways import Folding
 from batchnorm.network.inputs import Forward, check_forward, copied
@@ -106,7 +106,9 @@ def fold(
     check_forward(forward, "fold")
     # looked at is a copy: another thread may be serving the given network
     before = copied(model)
-    flow = _look(before, example, forward) if batch_norms(model) else Flow(before, [])
+    flow = (
+        find_flow(before, example, forward=forward, tool="fold") if batch_norms(model) else Flow(before, [])
+    )
     result = model if inplace else copied(model)
     undo = Undo()
     with undo, undo:
@@ -119,18 +121,6 @@ def fold(
             check(before, flow.example, result, work.steps, forward)
             refuse_to_save(result)
         return write_record(result, work.record())
-
-
-def _look(model: nn.Module, example: Any, forward: Forward) -> Flow:
-    try:
-        return find_flow(model, example, forward=forward)
-    except BatchNormError:
-        raise
-    except Exception as error:
-        raise TraceError(
-            f"fold: the network fails on the example: {type(error).__name__}: {error}",
-            mend="give an input that the network takes in eval mode.",
-        ) from error
 
 
 def refuse_to_save(result: nn.Module) -> None:

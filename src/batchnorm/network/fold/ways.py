@@ -72,12 +72,8 @@ class Folding:
     done: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.owners: dict[int, set[str]] = {}
         self.held: dict[int, str] = {}
         for path, module in self.flow.model.named_modules():
-            for tensor in module._parameters.values():
-                if tensor is not None:
-                    self.owners.setdefault(id(tensor), set()).add(path)
             for name, value in vars(module).items():
                 if name != "_modules":
                     for kept in _modules_in(value):
@@ -293,12 +289,9 @@ class Folding:
         reason = foldable_layer(layer)
         if reason:
             raise Unproven(reason.format(path=path))
-        for name, tensor in layer._parameters.items():
-            others = sorted(self.owners.get(id(tensor), set()) - {path}) if tensor is not None else []
-            if others:
-                raise Unproven(
-                    f"the {name} of {path} is shared with {', '.join(o or 'the model' for o in others)}"
-                )
+        shared = self.flow.shared(layer)
+        if shared:
+            raise Unproven(f"the parameters of {path}: {shared}")
         readers = self.flow.readers_elsewhere(layer)
         if readers:
             raise Unproven(f"parameters of {path} are read by name in the forward of {', '.join(readers)}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import ArgumentError, BatchNormError, DataError, TraceError, VerificationError
+from batchnorm.errors import ArgumentError, DataError, TraceError, VerificationError
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.network.compare import apart, epsilon, tensors_in
 from batchnorm.network.inputs import (
@@ -142,7 +142,13 @@ def insert(
     batches, first = _first_batch(data)
     if example is None and first is not None:
         example = first if forward else move_to(first, single_device(model))
-    flow = _look(model, example, forward)
+    flow = find_flow(model, example, modes_needed=(False, True), forward=forward, tool=_TOOL)
+    if not flow.views and any(is_layer(m) for m in model.modules()):
+        raise TraceError(
+            f"insert: the flow of values through {type(model).__name__} can't be seen: {flow.why}.",
+            why="without it nobody can tell a hidden layer from an output layer.",
+            mend="pass example=, an input for one run.",
+        )
     told = Record()
     verdicts = _verdicts(model, flow, chooser(where, _TOOL), told)
     chosen = {path: verdict for path, layer, verdict in verdicts if verdict.insert}
@@ -151,12 +157,8 @@ def insert(
         moments = _measure(model, list(chosen), batches, progress, forward)
     for path in [path for path in chosen if moments is not None and path not in moments]:
         del chosen[path]
-        told.leave(
-            path,
-            type(model.get_submodule(path)).__name__,
-            "the data never reaches it in eval mode",
-            tool=_TOOL,
-        )
+        kind = type(model.get_submodule(path)).__name__
+        told.leave(path, kind, "the data never reaches it in eval mode", tool=_TOOL)
     # a network that begins with a Linear takes any number of axes, so a made-up (N, C) tells nothing
     free = isinstance(flow.example, Tensor) and flow.example.dim() == 2
     exact = example is not None or not free
@@ -211,38 +213,14 @@ def _first_batch(data: Any) -> tuple[Iterable[Any] | None, Any]:
     return itertools.chain([first], stream), first
 
 
-def _look(model: nn.Module, example: Any, forward: Forward) -> Flow:
-    try:
-        flow = find_flow(model, example, modes_needed=(False, True), forward=forward)
-    except BatchNormError:
-        raise
-    except Exception as error:
-        raise TraceError(
-            f"insert: the network fails on the example: {type(error).__name__}: {error}",
-            mend="give an input that the network takes in eval mode.",
-        ) from error
-    if not flow.views and any(is_layer(m) for m in model.modules()):
-        raise TraceError(
-            f"insert: the flow of values through {type(model).__name__} can't be seen: {flow.why}.",
-            why="without it nobody can tell a hidden layer from an output layer.",
-            mend="pass example=, an input for one run.",
-        )
-    return flow
-
-
 def _verdicts(
     model: nn.Module, flow: Flow, meant: Callable[[str, nn.Module], bool], told: Record
 ) -> list[tuple[str, nn.Module, Verdict]]:
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for tensor in module._parameters.values():
-            if tensor is not None:
-                owners.setdefault(id(tensor), []).append(path)
     found = []
     for path, layer in model.named_modules():
         if not is_layer(layer):
             continue
-        reason = _obstacle(layer, path, flow, owners) if meant(path, layer) else "where= does not mean it"
+        reason = _obstacle(layer, path, flow) if meant(path, layer) else "where= does not mean it"
         verdict = Verdict(False, reason) if reason else judge(flow, layer)
         axes, rank = _axes(layer), len(verdict.shape)
         if verdict.insert and not (2 <= rank <= 5 and axes in (None, rank - 2)):
@@ -255,14 +233,13 @@ def _verdicts(
     return found
 
 
-def _obstacle(layer: nn.Module, path: str, flow: Flow, owners: dict[int, list[str]]) -> str:
+def _obstacle(layer: nn.Module, path: str, flow: Flow) -> str:
     names = flow.names(layer)
     if len(names) > 1:
         return f"shared: registered as {', '.join(names)}"
-    for name, tensor in layer._parameters.items():
-        others = [p for p in owners.get(id(tensor), []) if p != path] if tensor is not None else []
-        if others:
-            return f"its {name} is shared with {', '.join(p or 'the model' for p in others)}"
+    shared = flow.shared(layer)
+    if shared:
+        return f"its {shared}"
     readers = flow.readers_elsewhere(layer)
     if readers:
         return f"its parameters are read by name in the forward of {', '.join(readers)}"

@@ -63,7 +63,7 @@ def torch_base(cls: type) -> type[nn.Module] | None:
 
 
 @functools.cache
-def ours_for(cls: type[nn.Module], first: type = Adopted) -> type[nn.Module]:
+def ours_for(cls: Any, first: type = Adopted) -> type[nn.Module]:
     """The class of ours that serves in the place of a class of torch, or of one derived from it.
 
     Parameters

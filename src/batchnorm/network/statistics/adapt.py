@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import ArgumentError, ShapeError
 from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.modules import Layer
-from batchnorm.network.inputs import Forward, check_forward, copied, move_to, run, single_device
-from batchnorm.network.model import Where, check_model, check_number, chooser, unwrapped
+from batchnorm.network.inputs import Forward, check_forward, move_to, run, single_device, target
+from batchnorm.network.model import Where, check_number, chooser, unwrapped
 from batchnorm.network.record import Record, forget, write_record
 from batchnorm.network.statistics.meter import given, moments
 from batchnorm.network.undo import Undo, hook_before, set_modes, stop_gradients, write_together
@@ -126,8 +126,7 @@ class adapt:
         forward: Forward = None,
         inplace: bool = True,
     ) -> None:
-        check_model(model, "adapt")
-        model, chosen = model if inplace else copied(unwrapped(model)), chooser(where, "adapt")
+        model, chosen = target(model, "adapt", inplace), chooser(where, "adapt")
         check_number(
             "adapt",
             "prior",

@@ -14,8 +14,8 @@ from batchnorm import skips
 from batchnorm.domain import active_domain
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm.modules import Layer
-from batchnorm.network.inputs import Forward, batches_of, check_forward, copied, move_to, run, single_device
-from batchnorm.network.model import Where, check_model, check_number, chooser, unwrapped
+from batchnorm.network.inputs import Forward, batches_of, check_forward, move_to, run, single_device, target
+from batchnorm.network.model import Where, check_number, chooser, unwrapped
 from batchnorm.network.progress import watched
 from batchnorm.network.ranks.shards import Shards
 from batchnorm.network.record import ATTRIBUTE, Record, write_record
@@ -132,9 +132,7 @@ def calibrate(
     >>> torch.allclose(model[1].running_mean, z.mean(0), atol=1e-6)
     True
     """
-    check_model(model, "calibrate")
-    model = model if inplace else copied(unwrapped(model))
-    chosen = chooser(where, "calibrate")
+    model, chosen = target(model, "calibrate", inplace), chooser(where, "calibrate")
     if not isinstance(estimator, str) or estimator not in _ESTIMATORS:
         raise ArgumentError(
             f"calibrate: estimator={estimator!r} is unknown.",

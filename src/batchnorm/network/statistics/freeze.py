@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import Layer
-from batchnorm.network.inputs import copied
-from batchnorm.network.model import Where, check_model, chooser, unwrapped
-from batchnorm.network.record import ATTRIBUTE, Record, write_record
-from batchnorm.network.undo import Undo, keep_attribute
+from batchnorm.network.inputs import target
+from batchnorm.network.model import Where, chooser, unwrapped
+from batchnorm.network.record import Record, write_record
+from batchnorm.network.undo import Undo, keep_modules
 
 
 def freeze(
@@ -62,26 +61,7 @@ def freeze(
     >>> layer.frozen_statistics
     True
     """
-    check_model(model, "freeze")
-    model = model if inplace else copied(unwrapped(model))
-    layers = _layers(model, "freeze", where)
-    if statistics:
-        for path, layer in layers.items():
-            if layer.running_mean is None:
-                raise ArgumentError(
-                    "freeze: a layer with track_running_stats=False has no statistics to freeze.",
-                    why="it always normalizes with the batch's.",
-                    mend="statistics=False, or give the layer statistics and calibrate it.",
-                    at=path,
-                )
-    undo = Undo()
-    with undo, undo:
-        undo.add(partial(_set, _flags(layers)))
-        for layer in layers.values():
-            layer.frozen_statistics = layer.frozen_statistics or statistics
-            if affine:
-                layer.freeze_affine(True)
-        return _tell(undo, model, layers, "frozen", statistics, affine)
+    return _hold(model, "freeze", statistics, affine, where, inplace)
 
 
 def unfreeze(
@@ -124,43 +104,35 @@ def unfreeze(
     >>> layer.frozen_statistics
     False
     """
-    check_model(model, "unfreeze")
-    model = model if inplace else copied(unwrapped(model))
-    layers, undo = _layers(model, "unfreeze", where), Undo()
-    with undo, undo:
-        undo.add(partial(_set, _flags(layers)))
-        for layer in layers.values():
-            layer.frozen_statistics = layer.frozen_statistics and not statistics
-            if affine and layer.frozen_affine:
-                layer.freeze_affine(False)
-        return _tell(undo, model, layers, "thawed", statistics, affine)
+    return _hold(model, "unfreeze", statistics, affine, where, inplace)
 
 
-def _tell(
-    undo: Undo, model: nn.Module, layers: dict[str, Layer], action: str, statistics: bool, affine: bool
+def _hold(
+    model: nn.Module, tool: str, statistics: bool, affine: bool, where: Where, inplace: bool
 ) -> nn.Module:
+    model, frozen = target(model, tool, inplace), tool == "freeze"
+    layers, undo, told = _layers(model, tool, where), Undo(), Record()
+    if frozen and statistics:
+        for path, layer in layers.items():
+            if layer.running_mean is None:
+                raise ArgumentError(
+                    "freeze: a layer with track_running_stats=False has no statistics to freeze.",
+                    why="it always normalizes with the batch's.",
+                    mend="statistics=False, or give the layer statistics and calibrate it.",
+                    at=path,
+                )
     what = " and ".join(["statistics"] * statistics + ["gamma and beta"] * affine)
-    told = Record()
-    for path, layer in layers.items():
-        told.add(
-            path, type(layer).__name__, action, what, tool="freeze" if action == "frozen" else "unfreeze"
-        )
-    keep_attribute(undo, model, ATTRIBUTE)
-    return write_record(model, told) if what else model
-
-
-def _flags(layers: dict[str, Layer]) -> list[tuple[Any, str, bool]]:
-    names = ("frozen_statistics", "frozen_affine")
-    flags: list[tuple[Any, str, bool]] = [
-        (layer, name, getattr(layer, name)) for layer in layers.values() for name in names
-    ]
-    parameters = [p for layer in layers.values() for p in layer.parameters()]
-    return flags + [(p, "requires_grad", p.requires_grad) for p in parameters]
-
-
-def _set(flags: list[tuple[Any, str, bool]]) -> None:
-    for holder, name, value in flags:
-        setattr(holder, name, value)
+    with undo, undo:
+        keep_modules(undo, [model, *layers.values()])
+        for path, layer in layers.items():
+            for parameter in layer.parameters():
+                undo.add(partial(parameter.requires_grad_, parameter.requires_grad))
+            if statistics:
+                layer.frozen_statistics = frozen
+            if affine and layer.frozen_affine is not frozen:
+                layer.freeze_affine(frozen)
+            told.add(path, type(layer).__name__, "frozen" if frozen else "thawed", what, tool=tool)
+        return write_record(model, told) if what else model
 
 
 def _layers(model: nn.Module, verb: str, where: Where) -> dict[str, Layer]:

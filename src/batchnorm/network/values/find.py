@@ -8,7 +8,7 @@ their record.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm.errors import BatchNormError, TraceError
 from batchnorm.network.compare import tensors_in
 from batchnorm.network.inputs import Forward, run
 from batchnorm.network.made_up import guesses
@@ -53,10 +54,13 @@ class Flow:
     why: str = ""
     _calls: dict[int, list[Call]] = field(default_factory=dict)
     _names: dict[int, list[str]] = field(default_factory=dict)
+    _owners: dict[int, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, module in self.model.named_modules(remove_duplicate=False):
             self._names.setdefault(id(module), []).append(name)
+            for tensor in module._parameters.values():
+                self._owners.setdefault(id(tensor), []).append(name)
         for view in self.views:
             for call in view.calls:
                 if call.module is not None:
@@ -142,28 +146,26 @@ class Flow:
             raise Unproven(f"its output is used {len(value.consumers)} times: by {readers}")
         return value.consumers[0]
 
-    def next_call(self, call: Call) -> Call:
-        """The one call that reads the output of a call, past Identity and dropout in eval mode.
+    def shared(self, module: nn.Module) -> str:
+        """Whose are the parameters of a module besides its own.
 
         Parameters
         ----------
-        call : Call
-            A call of any view.
+        module : torch.nn.Module
+            A module of the model.
 
         Returns
         -------
-        Call
-            The first that does something to the value.
-
-        Raises
-        ------
-        Unproven
-            As :meth:`sole_reader`.
+        str
+            ``"weight is shared with fc2"``; empty where they are its own.
         """
-        reader = self.sole_reader(call.output)
-        while reader.passes_on:
-            reader = self.sole_reader(reader.output)
-        return reader
+        for name, tensor in module._parameters.items():
+            others = [
+                p or "the model" for p in self._owners.get(id(tensor), []) if p not in self.names(module)
+            ]
+            if tensor is not None and others:
+                return f"{name} is shared with {', '.join(others)}"
+        return ""
 
     def readers_elsewhere(self, module: nn.Module) -> list[str]:
         """Who reads parameters or buffers of a module by name, other than the module when it is called.
@@ -191,6 +193,7 @@ def find_flow(
     *,
     modes_needed: tuple[bool, ...] = (False,),
     forward: Forward = None,
+    tool: str = "find_flow",
 ) -> Flow:
     """Find how values flow through a network, in runs on one input.
 
@@ -207,11 +210,18 @@ def find_flow(
         A mode in which the network fails is left out, but for the first one.
     forward : callable, optional
         ``forward(model, example)`` calls the network.
+    tool : str
+        Who asks, for the message.
 
     Returns
     -------
     Flow
         A view for each run. Arguments that are flags, or None unless given, are looked at both ways.
+
+    Raises
+    ------
+    TraceError
+        The network fails on the example.
 
     Examples
     --------
@@ -219,13 +229,13 @@ def find_flow(
     >>> from batchnorm.network.values.find import find_flow
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
     >>> flow = find_flow(net)
-    >>> flow.next_call(flow.calls(net[0])[0]).path
+    >>> flow.sole_reader(flow.calls(net[0])[0].output).path
     '1'
     """
-    state = torch.get_rng_state()
+    state, call = torch.get_rng_state(), partial(run, tool=tool, forward=forward)
     try:
         if example is not None:
-            return Flow(model, _views(model, example, modes_needed, forward), example)
+            return Flow(model, _views(model, example, modes_needed, call, first=True), example)
         found: list[Any] = []
         views: list[View] = []
         for guess in guesses(model):
@@ -233,9 +243,16 @@ def find_flow(
                 break
             with suppress(Exception):
                 # fake tensors may go where numbers do not, and the second input is there for its size alone
-                views += _views(model, guess, modes_needed, forward, first=not found, made_up=True)
+                views += _views(model, guess, modes_needed, call, first=not found, numbers=not found)
                 found.append(guess)
         return Flow(model, views, found[0] if found else None, "" if found else _NO_INPUT)
+    except BatchNormError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"{tool}: the network fails on the example: {type(error).__name__}: {error}",
+            mend="give an input that the network takes in eval mode.",
+        ) from error
     finally:
         torch.set_rng_state(state)
 
@@ -244,17 +261,16 @@ def _views(
     model: nn.Module,
     example: Any,
     modes_needed: tuple[bool, ...],
-    forward: Forward,
+    call: Callable[..., Any],
     *,
-    first: bool = True,
-    made_up: bool = False,
+    first: bool,
+    numbers: bool = False,
 ) -> list[View]:
-    call = partial(run, tool="find_flow", forward=forward)
-    views = watch(model, call, example, training=modes_needed[0], numbers=first and made_up)
+    views = watch(model, call, example, training=modes_needed[0], numbers=numbers)
     for training in modes_needed[1:]:
         with suppress(Exception):
             views += watch(model, call, example, training=training)
-    turned = _turned(model, example) if first and forward is None else {}
+    turned = _turned(model, example) if first and call.keywords["forward"] is None else {}  # type: ignore[attr-defined]
     flags = {name: value for name, value in turned.items() if isinstance(value, bool)}
     tensors = {name: value for name, value in turned.items() if name not in flags}
     for named in [turned, flags, tensors] if flags and tensors else [turned] if turned else []:
@@ -272,7 +288,7 @@ def _turned(model: nn.Module, example: Any) -> dict[str, Any]:
     """Optional arguments with other than their defaults: flags turned round, tensors that are None given."""
     with suppress(TypeError, ValueError):
         first = next(tensors_in(example), None)
-        found = {}
+        found: dict[str, Any] = {}
         for p in inspect.signature(model.forward).parameters.values():
             if p.kind is p.POSITIONAL_ONLY or (isinstance(example, Mapping) and p.name in example):
                 continue
