@@ -4,6 +4,7 @@ import pytest
 
 from batchnorm_lab.studies import registry
 from batchnorm_lab.studies.faster_learning import FACTORS, arm, best_factor, speedup
+from batchnorm_lab.studies.gamma_and_beta import ARMS
 from batchnorm_lab.studies.hyperparameter_robustness import KINDS, widest_range, working
 from batchnorm_lab.studies.shifted_inputs import CHOSEN_AT, NO_ADAPTATION, SEVERITIES, SHIFTS
 
@@ -207,6 +208,27 @@ def test_where_to_normalize_judges_each_claim_by_its_own_arms():
     assert set(verdicts("where-to-normalize", records, "M1")) == {"borne out"}
     assert set(verdicts("where-to-normalize", records, "M2")) == {"not borne out"}
     assert set(verdicts("where-to-normalize", records, "M6")) == {"borne out"}
+
+
+@pytest.mark.parametrize(("learned", "says"), [(0.9, "borne out"), (0.5, "not borne out")])
+def test_gamma_and_beta_follow_the_accuracies_at_the_rate_chosen_on_validation_images(learned, says):
+    def result(arm, rate, seed):
+        level = {"both learned": learned, "both fixed": 0.7}.get(arm, 0.6) + jitter(seed)
+        # on the test images the other rate would be the better one
+        test, chosen = (level, 0.8) if rate == 0.3 else (1.0, 0.2)
+        return {"accuracy": [test] * 6, "validation": [chosen] * 6, "moved": {"gamma": 0.25, "beta": 0.5}}
+
+    records = [
+        record(result(arm, rate, seed), activation=activation, arm=arm, rate=rate, seed=seed)
+        for activation in ("sigmoid", "relu")
+        for arm in ARMS
+        for rate in (0.1, 0.3, 1.0)
+        for seed in SEEDS
+    ]
+    assert set(verdicts("gamma-and-beta", records)) == {says}
+    said = registry.get_study("gamma-and-beta").answer(records).sentence
+    assert "learned gammas end 0.25 away from 1 and betas 0.50 away from 0" in said
+    assert "0 of 8 lie at an edge" in said
 
 
 def bias_records(difference):

@@ -16,6 +16,7 @@ STUDIES: tuple[str, ...] = (
     "hyperparameter-robustness",
     "deep-networks",
     "where-to-normalize",
+    "gamma-and-beta",
     "bias-is-redundant",
     "identity-recovery",
     "test-time-statistics",

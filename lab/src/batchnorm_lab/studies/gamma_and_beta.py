@@ -1,0 +1,284 @@
+"""Are gamma and beta worth learning, against leaving them at 1 and 0? (M4)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from batchnorm.modules import BatchNorm1d
+from batchnorm_lab.data import ImageData
+from batchnorm_lab.studies.contract import (
+    Advance,
+    Answer,
+    Finding,
+    Record,
+    Result,
+    Setting,
+    Study,
+    Unit,
+    make_answer,
+)
+from batchnorm_lab.studies.ensemble import MLPEnsemble
+from batchnorm_lab.studies.figures import bars, figure, legend_below
+from batchnorm_lab.studies.intervals import mean_interval, paired_difference, verdict
+from batchnorm_lab.studies.records import select, values
+from batchnorm_lab.studies.shifted_inputs import noise
+from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ARMS: dict[str, tuple[str, ...]] = {  # which of the two are learned
+    "both learned": ("weight", "bias"),
+    "gamma alone": ("weight",),
+    "beta alone": ("bias",),
+    "both fixed": (),
+}
+ACTIVATIONS = ("sigmoid", "relu")
+NOISE = 3
+"""Severity of the noise on every image, training and test: the digits as they are tell nothing apart."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the study; each arm is judged at the best of ``rates`` on validation images."""
+
+    seeds: int = 8
+    steps: int = 600
+    batch: int = 60
+    every: int = 20
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def units(config: Config) -> list[Unit]:
+    """Return one unit for each activation and arm; rates and seeds are trained together."""
+    return [
+        Unit(
+            [
+                {
+                    "activation": activation,
+                    "arm": arm,
+                    "rate": rate,
+                    "seed": seed,
+                    "steps": config.steps,
+                    "batch": config.batch,
+                    "every": config.every,
+                    "noise": NOISE,
+                }
+                for rate in config.rates
+                for seed in range(config.seeds)
+            ]
+        )
+        for activation in ACTIVATIONS
+        for arm in ARMS
+    ]
+
+
+def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Result]:
+    """Train on noisy images; return accuracies over the steps, and how far gamma and beta have moved."""
+    first = unit[0]
+    noisy = replace(
+        data,
+        train_images=noise(data.train_images, first["noise"]),
+        # other noise than that of the training images, which is drawn from the same seed
+        test_images=noise(data.test_images.flip(0), first["noise"]).flip(0),
+    )
+    choose, report = noisy.with_validation()
+    networks = MLPEnsemble(
+        (data.train_images[0].numel(), 100, 100, 100, len(data.classes)),
+        [setting["seed"] for setting in unit],
+        activation=first["activation"],
+        gain=2**0.5 if first["activation"] == "relu" else 1.0,
+        places={"before"},
+    )
+    norms = [norm for norm in networks.norms.values() if isinstance(norm, BatchNorm1d)]
+    for norm in norms:
+        norm.weight.requires_grad_("weight" in ARMS[first["arm"]])
+        norm.bias.requires_grad_("bias" in ARMS[first["arm"]])
+    validation: list[list[float]] = []
+    test: list[list[float]] = []
+
+    def observe(step: int) -> None:
+        networks.eval()
+        validation.append(accuracy(networks, choose.test_images, choose.test_labels).tolist())
+        test.append(accuracy(networks, report.test_images, report.test_labels).tolist())
+
+    train(
+        networks,
+        EnsembleOptimizer(networks, [setting["rate"] for setting in unit]),
+        report,
+        steps=first["steps"],
+        batch=first["batch"],
+        every=first["every"],
+        observe=observe,
+        advance=advance,
+    )
+    with torch.no_grad():
+        gammas = [(norm.weight - 1).abs().view(networks.runs, -1).mean(1) for norm in norms]
+        betas = [norm.bias.abs().view(networks.runs, -1).mean(1) for norm in norms]
+    moved = [
+        {"gamma": round(gamma, 4), "beta": round(beta, 4)}
+        for gamma, beta in zip(
+            torch.stack(gammas).mean(0).tolist(), torch.stack(betas).mean(0).tolist(), strict=True
+        )
+    ]
+    return [
+        {"validation": [round(a, 4) for a in one], "accuracy": [round(a, 4) for a in other], "moved": far}
+        for one, other, far in zip(zip(*validation, strict=True), zip(*test, strict=True), moved, strict=True)
+    ]
+
+
+def final(result: Result, part: str = "accuracy") -> float:
+    """Return the accuracy at the end, in %: the mean of the last five looks.
+
+    Parameters
+    ----------
+    result : dict
+        Of a run.
+    part : {"accuracy", "validation"}, default "accuracy"
+        Of test or of validation images.
+
+    Returns
+    -------
+    float
+        0 to 100.
+    """
+    last = result[part][-5:]
+    return 100 * sum(last) / len(last)
+
+
+def over_training(result: Result) -> float:
+    """Return the mean accuracy over the whole training, in %: high for what learns fast and well.
+
+    Parameters
+    ----------
+    result : dict
+        Of a run.
+
+    Returns
+    -------
+    float
+        0 to 100.
+    """
+    later = result["accuracy"][1:]
+    return 100 * sum(later) / len(later)
+
+
+def best_rate(records: list[Record], activation: str, arm: str) -> float:
+    """Return the rate with the highest accuracy at the end on validation images, averaged over seeds.
+
+    Parameters
+    ----------
+    records : list of dict
+        Of this study.
+    activation, arm : str
+        Which networks.
+
+    Returns
+    -------
+    float
+        One of the rates tried.
+    """
+    rates = sorted({record["setting"]["rate"] for record in select(records, activation=activation, arm=arm)})
+    return max(
+        rates,
+        key=lambda rate: sum(
+            values(records, lambda r: final(r, "validation"), activation=activation, arm=arm, rate=rate)
+        ),
+    )
+
+
+def of_arm(
+    records: list[Record], activation: str, arm: str, measured: Callable[[Result], float]
+) -> list[float]:
+    """Return a figure of an arm's runs at its best rate, one a seed.
+
+    Parameters
+    ----------
+    records : list of dict
+        Of this study.
+    activation, arm : str
+        Which networks.
+    measured : callable
+        From a result to a figure.
+
+    Returns
+    -------
+    list of float
+        In the order of the seeds.
+    """
+    rate = best_rate(records, activation, arm)
+    return values(records, measured, activation=activation, arm=arm, rate=rate)
+
+
+def answer(records: list[Record]) -> Answer:
+    """Return what learning gamma and beta gains, and how far they move."""
+    findings, remarks = [], []
+    for activation in ACTIVATIONS:
+        for measured, name in ((over_training, "mean accuracy over training"), (final, "final accuracy")):
+            learned = of_arm(records, activation, "both learned", measured)
+            fixed = of_arm(records, activation, "both fixed", measured)
+            gain = paired_difference(learned, fixed)
+            findings.append(
+                Finding(
+                    "M4",
+                    f"{activation}: learning gamma and beta is better than leaving them at 1 and 0, {name}",
+                    gain,
+                    verdict(gain, above=0.0),
+                    f"{mean_interval(learned).estimate:.1f} % against {mean_interval(fixed).estimate:.1f} %, "
+                    f"{gain.text(2, ' points', signed=True)}",
+                )
+            )
+        gamma = mean_interval(of_arm(records, activation, "both learned", lambda r: r["moved"]["gamma"]))
+        beta = mean_interval(of_arm(records, activation, "both learned", lambda r: r["moved"]["beta"]))
+        remarks.append(
+            f"With {activation}, learned gammas end {gamma.estimate:.2f} away from 1 and betas "
+            f"{beta.estimate:.2f} away from 0 (means over units)."
+        )
+    edges = [
+        best_rate(records, activation, arm) in (min(rates), max(rates))
+        for rates in [{record["setting"]["rate"] for record in records}]
+        for activation in ACTIVATIONS
+        for arm in ARMS
+    ]
+    remarks.append(
+        f"Rates were chosen on validation images; {sum(edges)} of {len(edges)} lie at an edge of the grid."
+    )
+    return make_answer(findings, remarks)
+
+
+def plot(records: list[Record]) -> Figure:
+    """Draw the final accuracy and that over training of every arm at its best rate."""
+    fig, axes = figure(1, 2, height=3.8)
+    for panel, (measured, name) in zip(
+        axes[0], ((over_training, "mean over training"), (final, "at the end")), strict=True
+    ):
+        series = {arm: [of_arm(records, a, arm, measured) for a in ACTIVATIONS] for arm in ARMS}
+        bars(panel, [f"3 x 100 {a}" for a in ACTIVATIONS], series)
+        lowest = min(min(runs) for groups in series.values() for runs in groups)
+        panel.set(title=name, ylabel="test accuracy, noisy digits (%)", ylim=(max(0, lowest - 5), 100))
+    legend_below(fig, axes[0][0], columns=4)
+    return fig
+
+
+STUDY = Study(
+    name="gamma-and-beta",
+    title="gamma and beta are learned",
+    question="What is lost if gamma and beta stay at 1 and 0?",
+    claim="gamma and beta are learned with W: mean 0 and variance 1 need not be the best, so the network finds its "
+    "own.",
+    formula=r"$\tilde z = \gamma\,\hat z + \beta$",
+    claims=("M4",),
+    configs={
+        "quick": Config(seeds=2, steps=60, every=10, rates=(0.3, 1.0)),
+        "default": Config(),
+        "full": Config(seeds=20, steps=5000, every=50, rates=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
+    },
+    units=units,
+    measure=measure,
+    plot=plot,
+    answer=answer,
+)
