@@ -94,10 +94,14 @@ def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Resu
         gain=2**0.5 if first["activation"] == "relu" else 1.0,
         places={"before"},
     )
-    norms = [norm for norm in networks.norms.values() if isinstance(norm, BatchNorm1d)]
-    for norm in norms:
-        norm.weight.requires_grad_("weight" in ARMS[first["arm"]])
-        norm.bias.requires_grad_("bias" in ARMS[first["arm"]])
+    affine = [
+        (norm.weight, norm.bias)
+        for norm in networks.norms.values()
+        if isinstance(norm, BatchNorm1d) and norm.weight is not None and norm.bias is not None
+    ]
+    for gamma, beta in affine:
+        gamma.requires_grad_("weight" in ARMS[first["arm"]])
+        beta.requires_grad_("bias" in ARMS[first["arm"]])
     validation: list[list[float]] = []
     test: list[list[float]] = []
 
@@ -117,11 +121,11 @@ def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Resu
         advance=advance,
     )
     with torch.no_grad():
-        gammas = [(norm.weight - 1).abs().view(networks.runs, -1).mean(1) for norm in norms]
-        betas = [norm.bias.abs().view(networks.runs, -1).mean(1) for norm in norms]
+        gammas = [(gamma - 1).abs().view(networks.runs, -1).mean(1) for gamma, _ in affine]
+        betas = [beta.abs().view(networks.runs, -1).mean(1) for _, beta in affine]
     moved = [
-        {"gamma": round(gamma, 4), "beta": round(beta, 4)}
-        for gamma, beta in zip(
+        {"gamma": round(scale, 4), "beta": round(shift, 4)}
+        for scale, shift in zip(
             torch.stack(gammas).mean(0).tolist(), torch.stack(betas).mean(0).tolist(), strict=True
         )
     ]
