@@ -52,8 +52,9 @@ class ForwardStep {
     bool reduces() const { return p.parts & statistics; }
     bool maps() const { return p.parts & normalization; }
     // What is given unrounded is summed so too. In float up to 1e-5 of the variance would be lost where the mean is large
-    // beside the deviation, for the center may be some deviations off and the sums then cancel.
-    bool wide() const { return sizeof(A) == 4 && p.exact_mean; }
+    // beside the deviation, for the center may be some deviations off and the sums then cancel. Not under a mask, where
+    // local steps ask for unrounded statistics too and have no time for it.
+    bool wide() const { return sizeof(A) == 4 && p.exact_mean && !p.keep; }
     void begin() const { begin_tracking(p); }
     void end_of_thread() const {
         if (streams) k.fence();
@@ -105,11 +106,10 @@ class ForwardStep {
             Sums totals[channels_at_once];
             for (int64_t u = begin; u < end; ++u) {
                 if (u + 1 < g.units) touch(g, u + 1, first, last);
-                each_kept(g, u, first, last, [&](const Block &b, int64_t c) {
-                    const char *row = static_cast<const char *>(b.z);
-                    for (size_t i = 0; i < b.rows; ++i, ++c, row += b.z_step)
-                        totals[c - first] += k.wide_moments(row, b.len, static_cast<double>(center[c]));
-                });
+                const Block b = block(g, u, first, last);
+                const char *row = static_cast<const char *>(b.z);
+                for (int64_t c = first; c < last; ++c, row += b.z_step)
+                    totals[c - first] += k.wide_moments(row, b.len, static_cast<double>(center[c]));
             }
             for (int64_t c = first; c < last; ++c) out[c - c0] += totals[c - first];
         }
