@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from batchnorm import validation, visible
 from batchnorm.autograd import normalize_batch, normalize_population
 from batchnorm.compiling import by_our_backend, one_step
+from batchnorm.kernels import cpu, select
 from batchnorm.kernels.contract import Norm
-from batchnorm.kernels.select import select
 from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.pooling.placed import infer_shards, is_placed, train_shards
 from batchnorm.population import Tracking, count_empty
@@ -149,7 +150,7 @@ def batch_norm(
     """
     if training and momentum is None:
         raise validation.no_momentum()
-    options = _options(
+    given = (
         training,
         # inference has no use for momentum, and torch's callers pass what they like
         momentum if training else None,
@@ -162,11 +163,36 @@ def batch_norm(
         masked_output,
         running_var_correction,
     )
+    compiling = is_compiling()
+    try:
+        # remembered, for the same few settings come at every call, and to check them costs what a small batch does
+        options = _checked(*given) if compiling else _remembered(*given)
+    except TypeError:  # a value that cannot be hashed is a wrong one, and the check says why
+        options = _checked(*given)
+    fields, plain = None, not compiling and mask is None and channel_dim == 1 and select.forced is None
+    if not training:
+        if plain and not inplace and running_mean is not None and running_var is not None:
+            rest = weight, bias, residual, 1, eps, activation
+            y = cpu.infer_at_once(input, running_mean, running_var, *rest)
+            if y is not None:
+                return y
+    else:
+        if running_mean is not None and running_var is not None:
+            skip = on_nonfinite == "skip"
+            fields = running_mean, running_var, None, momentum, running_var_correction, skip
+        else:
+            validation.check_both_or_neither(running_mean, running_var)
+        if plain and not inplace and virtual_batch_size is None and on_nonfinite != "raise":
+            y = cpu.train_at_once(input, weight, bias, residual, 1, eps, activation, fields)
+            if y is not None:
+                return y
     if isinstance(input, torch.fx.Proxy):
         if mask is not None or virtual_batch_size is not None or (training and not running_var_correction):
             raise validation.no_symbol()
         norm = Norm(channel_dim, eps, weight, bias, residual, activation)
         return visible.record(input, (running_mean, running_var), norm, training, momentum)
+    if not isinstance(input, Tensor):
+        raise validation.not_a_tensor("input", input)
     if input.dim() == 1 and input.numel() == 0:
         return input.clone()  # torch lets it pass
     if not training:
@@ -175,29 +201,8 @@ def batch_norm(
         )
     if inplace:
         raise validation.inplace_in_training()
-    tracking = None
-    if running_mean is not None and running_var is not None:
-        tracking = Tracking(
-            running_mean,
-            running_var,
-            None,
-            momentum,
-            running_var_correction,
-            on_nonfinite == "skip",
-        )
-    else:
-        validation.check_both_or_neither(running_mean, running_var)
+    tracking = None if fields is None else Tracking(*fields)
     return train(input, weight, bias, residual, mask, masked_output, tracking, tracking, options)
-
-
-def _options(*arguments: Any) -> Options:
-    # remembered, for the same few settings come at every call, and to check them costs what a small batch does
-    if torch.compiler.is_compiling():
-        return _checked(*arguments)
-    try:
-        return _remembered(*arguments)
-    except TypeError:  # a value that cannot be hashed is a wrong one, and the check says why
-        return _checked(*arguments)
 
 
 def _checked(
@@ -257,14 +262,21 @@ def infer(
             )
         statistics, vectors = (running_mean, running_var), (gamma, beta)
         return infer_shards(infer, z, statistics, vectors, residual, mask, masked_output, options)
-    if torch.compiler.is_compiling() and not inplace and by_our_backend():
+    if is_compiling() and not inplace and by_our_backend():
         rest = (running_mean, running_var, mask, masked_output, options)
         return infer_step(z, gamma, beta, residual, *rest)
     if z.layout is not torch.strided:
         dense, added = _dense(z, residual)
         y = infer(dense, running_mean, running_var, gamma, beta, added, mask, masked_output, options)
         return y.to_mkldnn()
+    if z.is_nested:
+        raise validation.no_dense_layout(z)
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
+    if mask is None and not inplace and select.forced is None and not is_compiling():
+        rest = gamma, beta, residual, axis, options.eps, options.activation
+        y = cpu.infer_at_once(z, running_mean, running_var, *rest)
+        if y is not None:
+            return y
     validation.check_tensors(z, axis, (running_mean, running_var, gamma, beta), residual)
     if (
         inplace
@@ -318,10 +330,11 @@ def train(
         return train_shards(
             train, z, pair, residual, mask, masked_output, tracking, population, options, between
         )
+    if z.is_nested:
+        raise validation.no_dense_layout(z)
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
-    norm = Norm(axis, options.eps, gamma, beta, residual, options.activation)
     plain = tracking is None or type(tracking) is Tracking
-    if plain and between is None and torch.compiler.is_compiling() and by_our_backend():
+    if plain and between is None and is_compiling() and by_our_backend():
         return train_step(z, gamma, beta, residual, mask, masked_output, tracking, population, options)
     if (
         mask is None
@@ -329,11 +342,14 @@ def train(
         and plain
         and options.virtual_batch_size is None
         and options.on_nonfinite != "raise"
-        and not torch.compiler.is_compiling()
-        and select(z).takes(z, norm, population)
+        and (population is None or population is tracking)
+        and select.forced is None
+        and not is_compiling()
     ):
-        # what is below, for the common case: a look at each argument costs what a small batch does
-        return normalize_batch(z, norm, counting(tracking))
+        y = cpu.train_at_once(z, gamma, beta, residual, axis, options.eps, options.activation, tracking)
+        if y is not None:
+            return y
+    norm = Norm(axis, options.eps, gamma, beta, residual, options.activation)
     if z.layout is not torch.strided:
         dense, added = _dense(z, residual)
         moved = tracking, population, options, between

@@ -153,7 +153,7 @@ class Layer(Populations):
         BatchNormError
             As `batchnorm.functional.batch_norm`, with the layer's path in the model.
         """
-        if isinstance(input, torch.fx.Proxy):
+        if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
             # one step for whoever looks at the flow of values, as torch's own layers are
             return one_step(self, input, residual, mask, masked_output)
         try:
@@ -177,6 +177,8 @@ class Layer(Populations):
         activation: str | None = None,
     ) -> Tensor:
         # activation: of this call alone, where network.accelerate found it behind the layer
+        if not isinstance(z, Tensor):
+            raise validation.not_a_tensor("input", z)
         if z.dim() not in self._dimensions:
             self._check_input_dim(z)
         validation.check_eps(self.eps, self.training)

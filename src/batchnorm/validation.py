@@ -41,13 +41,7 @@ def check_arguments(
     on_nonfinite: str,
     virtual_batch_size: int | None,
 ) -> None:
-    """Raise `ArgumentError` unless every argument is in its range.
-
-    Parameters
-    ----------
-    training, momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size
-        As for `batchnorm.functional.batch_norm`.
-    """
+    """Raise `ArgumentError` unless every argument is in its range."""
     check_momentum(momentum)
     check_eps(eps, training)
     check_activation(activation)
@@ -57,13 +51,7 @@ def check_arguments(
 
 
 def check_virtual_batch_size(virtual_batch_size: int | None) -> None:
-    """Raise `ArgumentError` unless it is None or a positive whole number.
-
-    Parameters
-    ----------
-    virtual_batch_size : int or None
-        Samples that share their statistics.
-    """
+    """Raise `ArgumentError` unless it is None or a positive whole number."""
     if virtual_batch_size is not None and (
         isinstance(virtual_batch_size, bool)
         or not isinstance(virtual_batch_size, int)
@@ -77,13 +65,9 @@ def check_virtual_batch_size(virtual_batch_size: int | None) -> None:
 
 
 def check_momentum(momentum: float | None) -> None:
-    """Raise `ArgumentError` unless ``momentum`` is None or in [0, 1].
-
-    Parameters
-    ----------
-    momentum : float or None
-        Weight of the new batch.
-    """
+    """Raise `ArgumentError` unless ``momentum`` is None or in [0, 1]."""
+    if type(momentum) is float and 0 <= momentum <= 1:
+        return
     if momentum is not None and (
         isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 <= momentum <= 1
     ):
@@ -95,16 +79,14 @@ def check_momentum(momentum: float | None) -> None:
 
 
 def check_eps(eps: float, training: bool = True) -> None:
-    """Raise `ArgumentError` unless ``eps`` is positive; in inference it may be 0, as in torch.
-
-    Parameters
-    ----------
-    eps : float
-        Added to the variance.
-    training : bool, default True
-        Whether the variance is a batch's own.
-    """
-    if not (eps > 0 or (eps == 0 and not training)):
+    """Raise `ArgumentError` unless ``eps`` is positive; in inference it may be 0, as in torch."""
+    try:
+        good = eps > 0 or (eps == 0 and not training)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"batch_norm: eps must be a number, and is {eps!r}.", mend="1e-5 is usual."
+        ) from None
+    if not good:
         raise ArgumentError(
             f"batch_norm: eps must be positive{' during training' if training else ', or 0'}, but got {eps}.",
             why="a channel whose values are all equal has variance 0, and would be divided by 0.",
@@ -113,13 +95,7 @@ def check_eps(eps: float, training: bool = True) -> None:
 
 
 def no_momentum() -> ArgumentTypeError:
-    """Make the error for a function that is asked for the plain average.
-
-    Returns
-    -------
-    ArgumentTypeError
-        To be raised.
-    """
+    """Make the error for a function that is asked for the plain average."""
     return ArgumentTypeError(
         "batch_norm: momentum must be a number in training, and is None.",
         why="the plain average needs the number of batches seen, which a function does not keep: each batch would "
@@ -128,15 +104,18 @@ def no_momentum() -> ArgumentTypeError:
     )
 
 
-def check_activation(activation: str | None) -> None:
-    """Raise `ArgumentError` unless the activation has a fused form.
+def not_a_tensor(name: str, value: object) -> ArgumentTypeError:
+    """Make the error for an argument of another kind."""
+    return ArgumentTypeError(
+        f"batch_norm: {name} must be a Tensor, and is a {type(value).__name__}.",
+        why="as in torch, nothing else is converted: its dtype and device would be a guess.",
+        mend="torch.as_tensor(...), on the layer's device.",
+    )
 
-    Parameters
-    ----------
-    activation : str or None
-        Its name.
-    """
-    if activation is not None and activation not in ACTIVATIONS:
+
+def check_activation(activation: str | None) -> None:
+    """Raise `ArgumentError` unless the activation has a fused form."""
+    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise ArgumentError(
             f"batch_norm: unknown activation {activation!r}.",
             why="the activation is part of the kernel, which knows a fixed list.",
@@ -145,13 +124,7 @@ def check_activation(activation: str | None) -> None:
 
 
 def check_switches(masked_output: str, running_var_correction: int) -> None:
-    """Raise `ArgumentError` unless both switches have one of their values.
-
-    Parameters
-    ----------
-    masked_output, running_var_correction
-        As for `batchnorm.functional.batch_norm`.
-    """
+    """Raise `ArgumentError` unless both switches have one of their values."""
     _one_of("masked_output", masked_output, MASKED_OUTPUTS)
     if running_var_correction not in (0, 1):
         raise ArgumentError(
@@ -162,15 +135,7 @@ def check_switches(masked_output: str, running_var_correction: int) -> None:
 
 
 def check_attribute(name: str, value: Any) -> None:
-    """Raise `ArgumentError` unless an option of a layer may have this value.
-
-    Parameters
-    ----------
-    name : str
-        The attribute; any that is no option passes.
-    value : object
-        What it is to be.
-    """
+    """Raise `ArgumentError` unless an option of a layer may have this value."""
     if name == "activation":
         check_activation(value)
     elif name == "momentum":
@@ -201,13 +166,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_both_or_neither(running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    """Raise `ArgumentError` where only one of the running statistics is given.
-
-    Parameters
-    ----------
-    running_mean, running_var : Tensor or None
-        The running statistics.
-    """
+    """Raise `ArgumentError` where only one of the running statistics is given."""
     if (running_mean is None) != (running_var is None):
         raise ArgumentError(
             "batch_norm: running_mean and running_var go together, and only one of them was given.",
@@ -220,19 +179,7 @@ _VECTOR_NAMES = {2: ("weight", "bias"), 4: ("running_mean", "running_var", "weig
 
 
 def check_tensors(z: Tensor, axis: int, vectors: tuple[Tensor | None, ...], residual: Tensor | None) -> None:
-    """Raise unless dtype, lengths and devices fit together.
-
-    Parameters
-    ----------
-    z : Tensor
-        The input.
-    axis : int
-        The channel axis, non-negative.
-    vectors : tuple of Tensor or None
-        (weight, bias) or (running_mean, running_var, weight, bias).
-    residual : Tensor or None
-        What is added.
-    """
+    """Raise unless dtype, lengths and devices fit together."""
     if not z.is_floating_point():
         raise DtypeError(
             f"batch_norm: input must be floating, and is {z.dtype}.",
@@ -248,6 +195,8 @@ def check_tensors(z: Tensor, axis: int, vectors: tuple[Tensor | None, ...], resi
     for i, vector in enumerate(vectors):
         if vector is None:
             continue
+        if not isinstance(vector, Tensor):
+            raise not_a_tensor(_VECTOR_NAMES[len(vectors)][i], vector)
         if vector.shape != shape:
             name = _VECTOR_NAMES[len(vectors)][i]
             raise ShapeError(
@@ -263,6 +212,10 @@ def check_tensors(z: Tensor, axis: int, vectors: tuple[Tensor | None, ...], resi
                 why="a kernel reads one device's memory.",
                 mend=f"move the layer with .to({str(device)!r}), or the input to {vector.device}.",
             )
+    if residual is not None and not isinstance(residual, Tensor):
+        raise not_a_tensor("residual", residual)
+    if residual is not None and residual.is_nested:
+        raise no_dense_layout(residual, "residual")
     if residual is not None and (
         residual.shape != z.shape or residual.dtype != z.dtype or residual.device != device
     ):
@@ -290,27 +243,11 @@ def _residual_error(z: Tensor, residual: Tensor) -> BatchNormError:
 
 
 def spread_mask(mask: Tensor, z: Tensor, axis: int) -> Tensor:
-    """Give the mask a channel axis of size 1, expanded over every other axis of ``z``.
-
-    Parameters
-    ----------
-    mask : Tensor of bool
-        Broadcasts to the shape of ``z`` without the channel axis, or with it at size 1.
-    z : Tensor
-        The input.
-    axis : int
-        The channel axis, non-negative.
-
-    Returns
-    -------
-    Tensor of bool
-        Shape of ``z``, 1 along the channel axis.
-
-    Raises
-    ------
-    DtypeError, DeviceError, ShapeError
-        The mask does not fit.
-    """
+    """Give the mask a channel axis of size 1, expanded over every other axis of ``z``."""
+    if not isinstance(mask, Tensor):
+        raise not_a_tensor("mask", mask)
+    if mask.is_nested:
+        raise no_dense_layout(mask, "mask")
     if mask.dtype != torch.bool:
         raise DtypeError(
             f"batch_norm: mask must be boolean, and is {mask.dtype}.",
@@ -343,36 +280,12 @@ def spread_mask(mask: Tensor, z: Tensor, axis: int) -> Tensor:
 
 
 def any_gradient(*tensors: Tensor | None) -> bool:
-    """Whether any of the tensors records a gradient.
-
-    Parameters
-    ----------
-    *tensors : Tensor or None
-        What to look at.
-
-    Returns
-    -------
-    bool
-        True when one does.
-    """
+    """Whether any of the tensors records a gradient."""
     return any(t is not None and t.requires_grad for t in tensors)
 
 
 def too_few_values(z: Tensor, axis: int) -> TooFewValuesError:
-    """Make the error for one value per channel.
-
-    Parameters
-    ----------
-    z : Tensor
-        The input.
-    axis : int
-        The channel axis.
-
-    Returns
-    -------
-    TooFewValuesError
-        To be raised.
-    """
+    """Make the error for one value per channel."""
     return TooFewValuesError(
         f"batch_norm: training needs at least 2 values per channel, and input of shape {tuple(z.shape)} has 1. "
         "(Expected more than 1 value per channel when training.)",
@@ -382,13 +295,7 @@ def too_few_values(z: Tensor, axis: int) -> TooFewValuesError:
 
 
 def missing_statistics() -> MissingStatisticsError:
-    """Make the error for inference without running statistics.
-
-    Returns
-    -------
-    MissingStatisticsError
-        To be raised.
-    """
+    """Make the error for inference without running statistics."""
     return MissingStatisticsError(
         "batch_norm: running_mean and running_var are needed, and at least one of them is None. "
         "(Expected running_mean and running_var to be defined when training=False.)",
@@ -398,18 +305,7 @@ def missing_statistics() -> MissingStatisticsError:
 
 
 def not_written(when: str) -> ArgumentError:
-    """Make the error for a training step that no graph of torch's can hold.
-
-    Parameters
-    ----------
-    when : str
-        What stands in the way.
-
-    Returns
-    -------
-    ArgumentError
-        To be raised.
-    """
+    """Make the error for a training step that no graph of torch's can hold."""
     return ArgumentError(
         f"batch_norm: a training step cannot be traced or exported {when}.",
         why="the graph would hold torch's batch norm, which takes the statistics of each batch by itself.",
@@ -417,35 +313,19 @@ def not_written(when: str) -> ArgumentError:
     )
 
 
-def no_dense_layout(z: Tensor) -> LayoutError:
-    """Make the error for an input whose values do not lie in strides.
-
-    Parameters
-    ----------
-    z : Tensor
-        The input.
-
-    Returns
-    -------
-    LayoutError
-        To be raised.
-    """
-    padded = "torch.nested.to_padded_tensor(input, 0.0), with a mask of what is no padding"
+def no_dense_layout(z: Tensor, name: str = "input") -> LayoutError:
+    """Make the error for an input whose values do not lie in strides."""
+    laid = "is nested" if z.is_nested else f"has the layout {z.layout}"
+    padded = f"torch.nested.to_padded_tensor({name}, 0.0), with a mask of what is no padding"
     return LayoutError(
-        f"batch_norm: input has the layout {z.layout}, and a dense one is needed.",
+        f"batch_norm: {name} {laid}, and a dense one is needed.",
         why="mean and variance are those of every value of a channel, stored or not.",
-        mend=padded if z.is_nested else "input.to_dense().",
+        mend=padded if z.is_nested else f"{name}.to_dense().",
     )
 
 
 def no_script() -> TraceError:
-    """Make the error for ``torch.jit.script``.
-
-    Returns
-    -------
-    TraceError
-        To be raised.
-    """
+    """Make the error for ``torch.jit.script``."""
     return TraceError(
         "batch_norm: torch.jit.script cannot read a layer or a function of this package.",
         why="it compiles a part of Python from the source, and the checks and routes here are outside of it.",
@@ -455,13 +335,7 @@ def no_script() -> TraceError:
 
 
 def no_symbol() -> TraceError:
-    """Make the error for options that no call of torch's batch norm stands for.
-
-    Returns
-    -------
-    TraceError
-        To be raised.
-    """
+    """Make the error for options that no call of torch's batch norm stands for."""
     return TraceError(
         "batch_norm: a symbolic trace (torch.fx) records torch's batch norm, which has no mask, "
         "virtual_batch_size or running_var_correction=0.",
@@ -471,13 +345,7 @@ def no_symbol() -> TraceError:
 
 
 def inplace_in_training() -> ArgumentError:
-    """Make the error for in-place training.
-
-    Returns
-    -------
-    ArgumentError
-        To be raised.
-    """
+    """Make the error for in-place training."""
     return ArgumentError(
         "batch_norm: inplace=True is for inference, and training=True was given.",
         why="the backward needs the input, which would be overwritten.",
@@ -486,13 +354,7 @@ def inplace_in_training() -> ArgumentError:
 
 
 def inplace_with_gradient() -> ArgumentError:
-    """Make the error for an in-place call that records a gradient.
-
-    Returns
-    -------
-    ArgumentError
-        To be raised.
-    """
+    """Make the error for an in-place call that records a gradient."""
     return ArgumentError(
         "batch_norm: inplace=True where a gradient is recorded.",
         why="the backward needs the input, which would be overwritten.",
@@ -501,18 +363,7 @@ def inplace_with_gradient() -> ArgumentError:
 
 
 def parts_and_pooling(size: int) -> ArgumentError:
-    """Make the error of a layer that is to cut a batch into parts and to pool it over ranks.
-
-    Parameters
-    ----------
-    size : int
-        Its ``virtual_batch_size``.
-
-    Returns
-    -------
-    ArgumentError
-        To be raised.
-    """
+    """Make the error of a layer that is to cut a batch into parts and to pool it over ranks."""
     return ArgumentError(
         f"batch_norm: virtual_batch_size={size!r} together with a process_group.",
         why="one normalizes parts of a batch apart, the other those of all ranks together; and ranks with batches "

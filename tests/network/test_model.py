@@ -8,6 +8,7 @@ from torch import nn
 
 import batchnorm
 from batchnorm.errors import ArgumentError
+from batchnorm.functional import batch_norm
 
 KERAS = {"moving_mean": [0.0], "moving_variance": [1.0]}
 FLAX = {"batch_stats": {"mean": [0.0], "var": [1.0]}}
@@ -118,5 +119,54 @@ def test_what_is_no_network_is_refused(tool, what):
     ],
 )
 def test_arguments_are_named_in_the_message(call, named):
+    with pytest.raises(batchnorm.BatchNormError, match=named):
+        call()
+
+
+# both layouts raise an internal error of torch's where somebody asks for their sizes
+NESTED = torch.nested.nested_tensor([torch.ones(2, 2), torch.ones(1, 2)], layout=torch.jagged)
+
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: batchnorm.calibrate(net().to("meta"), torch.ones(4, 2)), "meta device"),
+        (lambda: batchnorm.adapt(net().to("meta"), torch.ones(4, 2)), "meta device"),
+        (lambda: batchnorm.calibrate(nn.ModuleList(net()), torch.ones(4, 2)), "no forward"),
+        (lambda: batchnorm.adapt(nn.ModuleList(net()), torch.ones(4, 2)), "no forward"),
+        (lambda: batchnorm.adapt(lazy(), torch.ones(4, 2)), "lazy"),
+        (lambda: batchnorm.fold(lazy()), "lazy"),
+        (
+            lambda: batchnorm.load_keras(net(), {"1": {"moving_mean": "a", "moving_variance": [1, 1]}}),
+            "no array",
+        ),
+        (
+            lambda: batchnorm.load_keras(
+                net(), {"1": {"moving_mean": [[1], [1, 2]], "moving_variance": [1]}}
+            ),
+            "no array",
+        ),
+        (lambda: net()[1](None), "input must be a Tensor"),
+        (lambda: net()[1]([[1.0, 2.0]]), "input must be a Tensor"),
+        (lambda: net()[1](torch.ones(2, 2).numpy()), "input must be a Tensor"),
+        (lambda: net()[1](torch.ones(2, 2), residual=3), "residual must be a Tensor"),
+        (lambda: net()[1](torch.ones(2, 2), mask=[True, False]), "mask must be a Tensor"),
+        (lambda: batchnorm.BatchNorm1d(2, eps="a")(torch.ones(2, 2)), "eps must be a number"),
+        (lambda: batchnorm.BatchNorm1d(2, eps=None)(torch.ones(2, 2)), "eps must be a number"),
+        (lambda: batchnorm.BatchNorm1d(2, activation=["relu"]), "activation"),
+        (lambda: batchnorm.BatchNorm1d(2, activation=nn.ReLU()), "activation"),
+        (lambda: batch_norm(None, None, None, training=True), "input must be a Tensor"),
+        (lambda: batch_norm(torch.ones(2, 2), [0, 0], [1, 1]), "running_mean must be a Tensor"),
+        (lambda: net()[1](NESTED), "input is nested"),
+        (lambda: net()[1].eval()(NESTED), "input is nested"),
+        (lambda: net()[1](torch.ones(2, 2), residual=NESTED), "residual is nested"),
+        (lambda: net()[1](torch.ones(2, 2, 2), mask=NESTED), "mask is nested"),
+    ],
+)
+def test_what_has_no_values_no_forward_or_another_type_is_named(call, named):
     with pytest.raises(batchnorm.BatchNormError, match=named):
         call()

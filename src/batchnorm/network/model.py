@@ -59,6 +59,44 @@ def check_model(model: Any, tool: str, *, at: str = "") -> None:
             )
 
 
+def check_runs(model: nn.Module, tool: str, forward: Any = None) -> None:
+    """Raise `ArgumentError` unless a model can be run for the numbers that it gives.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network.
+    tool : str
+        Who wants to run it, for the message.
+    forward : object, optional
+        What the caller gave to run it with.
+
+    Raises
+    ------
+    ArgumentError
+        It has no forward, or Parameters or buffers without values, on the meta device or before a lazy
+        layer's first batch.
+    """
+    if forward is None and type(model).forward is nn.Module.forward and "forward" not in model.__dict__:
+        raise ArgumentError(
+            f"{tool}: a {type(model).__name__} has no forward.",
+            why="the statistics are those of what flows through the network.",
+            mend="give the network that holds it; or forward=lambda model, batch: ..., where the tool takes one.",
+        )
+    for path, module in model.named_modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            lazy = isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
+            if tensor is not None and (lazy or tensor.is_meta):
+                raise ArgumentError(
+                    f"{tool}: a layer {'is lazy' if lazy else 'is on the meta device'} and has no values yet.",
+                    why="the network can't be run for numbers.",
+                    mend="run it on one batch first."
+                    if lazy
+                    else "model.to_empty(device=...), then load its values.",
+                    at=path,
+                )
+
+
 def _has_batch_norms(scripted: nn.Module) -> bool:
     return any(
         "BatchNorm" in str(getattr(module, "original_name", "")) and hasattr(module, "running_mean")

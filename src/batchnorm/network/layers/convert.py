@@ -342,7 +342,9 @@ def _axes_seen(model: nn.Module, layers: list[nn.Module], example: Any, forward:
     seen: dict[int, int] = {}
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[id(module)] = (args[0] if args else kwargs["input"]).ndim
+        z = args[0] if args else kwargs.get("input")
+        if isinstance(z, Tensor):  # else the layer itself says what is wrong
+            seen[id(module)] = z.ndim
 
     end = Undo(always=True)
     with end, end:

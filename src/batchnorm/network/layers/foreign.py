@@ -218,8 +218,9 @@ def _with_names(weights: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             named[key] = _with_names(value)
         else:
-            # of other layers: nothing in it has a name that is looked for
-            named[key] = _named(str(key), value) if isinstance(value, (list, tuple)) else value
+            # a list of arrays, unless the name says that it is one; of other layers: nothing in it is looked for
+            listed = isinstance(value, (list, tuple)) and key not in _KERAS
+            named[key] = _named(str(key), value) if listed else value
     return named
 
 
@@ -364,7 +365,10 @@ def _values(layer: _BatchNorm, path: str, group: dict[str, Any], who: str) -> di
             if held is not None and neutral is not None:
                 values[field] = torch.full_like(held, neutral)
             continue
-        array = torch.from_numpy(np.array(group[field], dtype=np.float64))
+        try:
+            array = torch.from_numpy(np.array(group[field], dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{who}: {field} is no array of numbers: {error}.", at=path) from error
         if held is None:
             if not bool((array == torch.full_like(array, neutral or 0.0)).all()):
                 raise ArgumentError(

@@ -13,7 +13,7 @@ from batchnorm.errors import ArgumentError, ShapeError
 from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.modules import Layer
 from batchnorm.network.inputs import Forward, check_forward, move_to, run, single_device, target
-from batchnorm.network.model import Where, check_number, chooser, unwrapped
+from batchnorm.network.model import Where, check_number, check_runs, chooser, unwrapped
 from batchnorm.network.record import Record, forget, write_record
 from batchnorm.network.statistics.meter import given, moments
 from batchnorm.network.undo import Undo, hook_before, set_modes, stop_gradients, write_together
@@ -137,6 +137,7 @@ class adapt:
             mend="16 suits small test batches; 0 uses the batch alone.",
         )
         check_forward(forward, "adapt")
+        check_runs(model, "adapt", forward)
         layers = {
             path: m
             for path, m in unwrapped(model).named_modules()

@@ -15,7 +15,7 @@ from batchnorm.domain import active_domain
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm.modules import Layer
 from batchnorm.network.inputs import Forward, batches_of, check_forward, move_to, run, single_device, target
-from batchnorm.network.model import Where, check_number, chooser, unwrapped
+from batchnorm.network.model import Where, check_number, check_runs, chooser, unwrapped
 from batchnorm.network.progress import watched
 from batchnorm.network.ranks.shards import Shards
 from batchnorm.network.record import ATTRIBUTE, Record, write_record
@@ -148,6 +148,8 @@ def calibrate(
             why="it is the weight of the new batch; 0 would never look at the data.",
         )
     check_forward(forward, "calibrate")
+    if not any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in model.modules()):
+        check_runs(model, "calibrate", forward)
     told = Record()
     undo, measured = Undo(), Undo(always=True)
     shards: Shards | None = None
