@@ -47,6 +47,15 @@ class Arguments {
     void *vector(nb::handle v) { return one(v, accumulator, at.shape.c); }
     int64_t *counts(nb::handle v, int64_t length) { return static_cast<int64_t *>(one(v, dlpack::int64, length)); }
 
+    // two vectors of length C in one piece, as `pair_of_channels` gives them
+    template <class A>
+    void pair(nb::handle v, A *&first, A *&second) {
+        dlpack::Tensor t;
+        good = good && tensors::look(v.ptr(), t) && t.device.type == dlpack::cpu && t.type == accumulator && t.ndim == 2 &&
+               t.shape[0] == 2 && t.shape[1] == at.shape.c && t.strides[0] == at.shape.c && (at.shape.c == 1 || t.strides[1] == 1);
+        if (good) first = static_cast<A *>(t.begin()), second = first + at.shape.c;
+    }
+
     // None, or a vector of length C of any floating type, as accumulators
     template <class A>
     const A *values(nb::handle v) {
@@ -122,6 +131,13 @@ class Arguments {
     nb::object vector_of_channels(T *&memory) const {
         const int64_t step = 1;
         return make(sizeof(T) == 8 ? dlpack::float64 : dlpack::float32, 1, &at.shape.c, &step, memory);
+    }
+    template <class T>
+    nb::object pair_of_channels(T *&first, T *&second) const {
+        const int64_t sizes[] = {2, at.shape.c}, steps[] = {at.shape.c, 1};
+        nb::object made = make(sizeof(T) == 8 ? dlpack::float64 : dlpack::float32, 2, sizes, steps, first);
+        second = first + at.shape.c;
+        return made;
     }
     nb::object sides(uint8_t *&memory) const {
         const Sides s(at.shape);

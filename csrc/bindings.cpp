@@ -6,7 +6,7 @@
 
 #include <utility>
 
-#include "arguments.h"
+#include "calls.h"
 #include "placement.h"
 #include "pool.h"
 #include "problem.h"
@@ -18,43 +18,6 @@ using namespace nb::literals;
 
 namespace bn {
 namespace {
-
-// f(A{}) with A the accumulator type
-template <class F>
-auto with_accumulator(DType t, F f) {
-    return t == DType::f64 ? f(double{}) : f(float{});
-}
-
-// called with the running mean of a batch of which a channel was skipped
-PyObject *on_skip = nullptr;
-
-// a short call would spend longer on handing the interpreter's lock over than on its work
-template <class F>
-void without_lock(const Placement &at, F work) {
-    if (at.count < 65536) return work();
-    nb::gil_scoped_release release;
-    work();
-}
-
-// `t`: population.Tracking, a tuple
-template <class A>
-void read(Arguments &a, nb::handle t, Tracking<A> &out) {
-    out.running_mean = static_cast<A *>(a.vector(t[0]));
-    out.running_var = static_cast<A *>(a.vector(t[1]));
-    out.num_batches_tracked = a.counts(t[2], 1);
-    out.average = nb::object(t[3]).is_none();
-    if (!out.average) out.momentum = nb::cast<double>(t[3]);
-    out.correction = nb::cast<int>(t[4]);
-    out.skip_nonfinite = nb::cast<bool>(t[5]);
-}
-
-// what the forward keeps for the backward of z and a residual
-template <class A>
-nb::object saved(const Arguments &a, const Norm &norm, ForwardProblem<A> &p) {
-    const Saved kind = p.residual ? saved_for(p.activation) : Saved::none;
-    if (kind == Saved::bit_mask) return a.sides(p.mask);
-    return kind == Saved::residual ? nb::borrow(norm.residual()) : nb::none();
-}
 
 nb::object call_forward(nb::handle z, nb::handle norm_, int activation, nb::handle tracking, nb::handle mask) {
     const Norm norm(norm_);
@@ -225,7 +188,7 @@ nb::object packed_strides(nb::handle z, int axis) {
 NB_MODULE(_core, m) {
     using namespace bn;
     m.doc() = "The C++ core of batchnorm. Use batchnorm.kernels.cpu.";
-    m.attr("interface") = 2;
+    m.attr("interface") = 3;
     team::resolve();
 
     m.def("use", [](nb::handle table) { tensors::use(table.ptr()); }, "table"_a,
@@ -248,6 +211,8 @@ NB_MODULE(_core, m) {
           "mask"_a.none(), "exact"_a,
           "Sums (parts 1), input gradient (2) or both (3), count None for z's own: "
           "(dz, sum_dy, sum_dy_zhat, dresidual), or None: declined.");
+
+    bind_at_once(m);
 
     m.def("select_isa", [](const std::string &isa) { select_isa(isa.c_str()); }, "isa"_a, "Choose an instruction set; '': the best.");
     m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");

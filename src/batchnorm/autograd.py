@@ -18,16 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from batchnorm import operators, steps, visible
-from batchnorm.kernels import aten
+from batchnorm.kernels import aten, cpu
 from batchnorm.kernels import torch as own
-from batchnorm.kernels.activations import activate
+from batchnorm.kernels.activations import CODES, activate
 from batchnorm.kernels.contract import Engine, Moments, Norm
 from batchnorm.kernels.select import by_torch, select
 from batchnorm.layout import values_per_channel
@@ -36,25 +37,33 @@ from batchnorm.recording import Sink, tell
 from batchnorm.steps import Between, Constants
 from batchnorm.written import written_down
 
+# asked at every call, so found once
+_transforming, _modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
+
 
 def observed(z: Tensor) -> bool:
     """Whether torch operations on ``z`` are transformed or watched, so that they must be visible."""
     return (
-        type(z) not in (Tensor, torch.nn.Parameter)
+        (type(z) is not Tensor and type(z) is not torch.nn.Parameter)
         or z.is_meta
         or z.is_neg()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
+        or _transforming()
+        or _modes() > 0
+        or forward_ad._current_level >= 0
     )
+
+
+def _negative(norm: Norm, statistics: Any) -> bool:
+    """Whether values in memory have the other sign, as an engine would not know."""
+    beside = statistics[:2] if isinstance(statistics, tuple) else ()
+    return any(t is not None and t.is_neg() for t in (norm.gamma, norm.beta, norm.residual, *beside))
 
 
 def _seen_by_torch(z: Tensor, norm: Norm) -> bool:
     """Whether torch's own batch norm serves, and no transform is at work that knows no statistics written inside."""
     if torch.compiler.is_compiling():
         return by_torch(z, norm)
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return by_torch(z, norm) and not transformed
+    return by_torch(z, norm) and not (_transforming() or forward_ad._current_level >= 0)
 
 
 def _train_by_torch(z: Tensor, norm: Norm, tracking: Tracking | Sink | None) -> Tensor:
@@ -79,17 +88,43 @@ def _record(tracking: Tracking | Sink | None, count: int | Tensor, mean: Tensor,
         tracking(count, mean, var)
 
 
-def _recorded(z: Tensor, norm: Norm) -> bool:
+def _asks(z: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None) -> bool:
     """Whether a gradient is asked for, so that a node goes into torch's graph."""
-    if torch.is_grad_enabled():
-        for tensor in (z, norm.gamma, norm.beta, norm.residual):
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
+    return torch.is_grad_enabled() and (
+        z.requires_grad
+        or (gamma is not None and gamma.requires_grad)
+        or (beta is not None and beta.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
 
 
-# Mean and 1 / sqrt(var + eps), what the backward needs besides, and what it divides by: None for z's own count.
-_Kept = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+def _recorded(z: Tensor, norm: Norm) -> bool:
+    return _asks(z, norm.gamma, norm.beta, norm.residual)
+
+
+class _Kept(NamedTuple):
+    """What a forward gives to the node of its backward; the moments as one tensor of shape (2, C)."""
+
+    y: Tensor
+    moments: Tensor
+    saved: Tensor | None
+    mask: Tensor | None = None
+
+
+class _How(NamedTuple):
+    """What a backward must know besides tensors.
+
+    ``count`` is what the sums are divided by, None for z's own; ``constant``: the moments do not depend on z.
+    """
+
+    engine: Engine
+    axis: int
+    eps: float
+    activation: str | None
+    added: bool
+    count: Tensor | None = None  # type: ignore[assignment]
+    constant: bool = False
+    between: Between | None = None
 
 
 def _run(
@@ -101,8 +136,8 @@ def _run(
     fallback: Constants | None,
     between: Between | None,
     save: bool,
-) -> tuple[Tensor, _Kept]:
-    """Let the engine normalize, and move or tell the statistics."""
+) -> tuple[_Kept, Tensor | None]:
+    """Let the engine normalize, and move or tell the statistics; also give what the backward divides by."""
     moved = tracking if type(tracking) is Tracking else None
     if between is None and (mask is None or (engine.fuses_masks and moved is tracking)):
         found = engine.forward(z, norm, moved, mask)
@@ -110,21 +145,15 @@ def _run(
             y, mean, var, inv_std, saved = found
             if moved is not tracking:
                 _record(tracking, values_per_channel(z.shape, norm.axis), mean, var)
-            return y, (mean, inv_std, saved, None)
+            return _Kept(y, torch.stack((mean, inv_std)), saved, mask), None
     y, told, moments, saved, divisor = steps.forward(engine, z, norm, mask, fallback, between, save)
     dtype = aten.vector_dtype(z)
     _record(tracking, told.count, told.mean.to(dtype), told.var().to(dtype))
-    return y, (*moments, saved, divisor)
-
-
-def _constants(
-    engine: Engine, z: Tensor, norm: Norm, moments: Moments, mask: Tensor | None
-) -> tuple[Tensor, _Kept]:
-    y, saved = engine.normalize(z, norm, moments, mask=mask, save=True)
-    return y, (*moments, saved, aten.counted(inf, z))
+    return _Kept(y, torch.stack(moments), saved, mask), divisor
 
 
 class _Node(torch.autograd.Function):
+    # what is differentiated has been computed when this is called: no operation of it is torch's to record
     @staticmethod
     def forward(
         ctx: Any,
@@ -132,54 +161,70 @@ class _Node(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         residual: Tensor | None,
-        norm: Norm,
-        moments: Moments | None,
-        mask: Tensor | None,
-        tracking: Tracking | Sink | None = None,
-        fallback: Constants | None = None,
-        between: Between | None = None,
+        kept: _Kept,
+        how: _How,
     ) -> Tensor:
-        engine = select(z, norm)
-        if moments is None:
-            y, kept = _run(engine, z, norm, tracking, mask, fallback, between, True)
-        else:
-            y, kept = _constants(engine, z, norm, moments, mask)
-        mean, inv_std, saved, ctx.count = kept
-        if residual is not None and norm.saves_residual:
-            saved = residual  # the very input, so that derivatives of derivatives reach it
-        ctx.save_for_backward(z, gamma, beta, mean, inv_std, saved, mask)
-        ctx.norm = norm.axis, norm.eps, norm.activation, residual is not None
-        ctx.engine, ctx.between, ctx.constant = engine, between, moments is not None
+        y, moments, saved, mask = kept
+        # as many, and of one form, by whatever way they came: a checkpoint compares those of both its runs
+        ctx.save_for_backward(z, gamma, beta, moments, saved, mask)
+        ctx.how = how
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, gamma, beta, mean, inv_std, saved, mask = ctx.saved_tensors
-        need, engine = ctx.needs_input_grad, ctx.engine
-        axis, eps, activation, added = ctx.norm
-        norm, moments = Norm(axis, eps, gamma, beta, None, activation, added), Moments(mean, inv_std)
+        z, gamma, beta, pair, saved, mask = ctx.saved_tensors
+        engine, axis, eps, activation, added, count, constant, between = ctx.how
+        need, whole = ctx.needs_input_grad, constant or count is None
+        quick = not constant and whole and mask is None and engine is cpu.engine
+        if quick and not _functorch.is_legacy_batchedtensor(dy):
+            found = cpu.backward_at_once(dy, z, gamma, beta, pair, saved, axis, activation, added, need)
+            if found is not None:
+                return found
+        norm, moments = Norm(axis, eps, gamma, beta, None, activation, added), Moments(*pair.unbind())
         if torch.is_grad_enabled() or observed(dy) or _functorch.is_legacy_batchedtensor(dy):
-            constant = ctx.constant or (ctx.count is not None and bool(ctx.count.isinf().all()))
-            found = _by_torch(engine, dy, z, norm, moments, saved, mask, ctx.between, constant, need)
-            return *found, *_NO_GRADIENT
-        whole = ctx.constant or ctx.count is None
-        if ctx.between is None and whole and (mask is None or engine.fuses_masks):
+            fixed = constant or (count is not None and bool(count.isinf().all()))
+            found = _by_torch(engine, dy, z, norm, moments, saved, mask, between, fixed, need)
+            return *found, None, None
+        if between is None and whole and (mask is None or engine.fuses_masks):
             dz, sum_dy, sum_dy_zhat, dresidual = engine.backward(
-                dy, z, norm, moments, saved, not ctx.constant, need[3], mask
+                dy, z, norm, moments, saved, not constant, need[3], mask
             )
         else:
             dz, sum_dy, sum_dy_zhat, dresidual = steps.backward(
-                engine, dy, z, norm, moments, saved, ctx.count, mask, ctx.between, need[3]
+                engine, dy, z, norm, moments, saved, count, mask, between, need[3]
             )
         dgamma = _as(gamma, sum_dy_zhat) if need[1] else None
         dbeta = _as(beta, sum_dy) if need[2] else None
-        return dz if need[0] else None, dgamma, dbeta, dresidual, *_NO_GRADIENT
+        return dz if need[0] else None, dgamma, dbeta, dresidual, None, None
 
-
-_NO_GRADIENT = (None,) * 6
 
 # Function.apply without what it does for torch.func, which `observed` has sent elsewhere
-_node: Callable[..., Tensor] = super(torch.autograd.Function, _Node).apply
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Node).apply
+
+
+cpu.watch(
+    Tensor,
+    # what records, transforms or watches the operations of this thread, and what each says where it does not
+    (
+        (torch._C._get_tracing_state, None),
+        (_transforming, False),
+        (_modes, 0),
+    ),
+    ((vars(forward_ad), "_current_level", -1),),
+    (torch._C._current_graph_task_id, -1),
+    torch.is_grad_enabled,
+    _apply,
+    cpu.engine,
+    CODES,
+)
+
+
+def _node(engine: Engine, z: Tensor, norm: Norm, kept: _Kept, *rest: Any) -> Tensor:
+    axis, eps, gamma, beta, residual, activation, _ = norm
+    if norm.saves_residual:
+        kept = kept._replace(saved=residual)  # the very input, so that derivatives of derivatives reach it
+    how = _How(engine, axis, eps, activation, residual is not None, *rest)
+    return _apply(z, gamma, beta, residual, kept, how)
 
 
 def _as(vector: Tensor, gradient: Tensor) -> Tensor:
@@ -299,12 +344,14 @@ def normalize_batch(
         y, count, mean, var = operator(z, norm, mask, fallback)
         _record(tracking, count, mean, var)
         return y
-    residual = norm.residual
-    if observed(z) or (residual is not None and residual.is_neg()):
+    if observed(z) or _negative(norm, tracking):
         return _composite(z, norm, None, mask, tracking, fallback, between)
-    if _recorded(z, norm):
-        return _node(z, norm.gamma, norm.beta, residual, norm, None, mask, tracking, fallback, between)
-    return _run(select(z, norm), z, norm, tracking, mask, fallback, between, False)[0]
+    engine = select(z, norm)
+    if not _recorded(z, norm):
+        return _run(engine, z, norm, tracking, mask, fallback, between, False)[0].y
+    with torch.no_grad():
+        kept, count = _run(engine, z, norm, tracking, mask, fallback, between, True)
+    return _node(engine, z, norm, kept, count, False, between)
 
 
 def normalize_population(
@@ -335,8 +382,7 @@ def normalize_population(
             mean, var = torch.stack((mean, var)).unbind()
         y = own.infer(z, norm, mean, var)
         return z.copy_(y) if inplace else y
-    residual = norm.residual
-    if observed(z) or (residual is not None and residual.is_neg()):
+    if observed(z) or _negative(norm, (mean, var)):
         wide = aten.compute_dtype(z)
         return _composite(z, norm, Moments(mean, (var.to(wide) + norm.eps).rsqrt()), mask)
     recorded = _recorded(z, norm)
@@ -345,6 +391,9 @@ def normalize_population(
     dtype = aten.vector_dtype(z)
     # a copy of the mean: the live buffer may move before the backward comes
     moments = Moments(mean.to(dtype, copy=True), aten.inverse_deviation(var, norm.eps, dtype))
-    if recorded:
-        return _node(z, norm.gamma, norm.beta, residual, norm, moments, mask)
-    return select(z).normalize(z, norm, moments, mask=mask)[0]
+    engine = select(z)
+    with torch.no_grad():
+        y, saved = engine.normalize(z, norm, moments, mask=mask, save=recorded)
+    if not recorded:
+        return y
+    return _node(engine, z, norm, _Kept(y, torch.stack(moments), saved, mask), aten.counted(inf, z), True)

@@ -54,7 +54,7 @@ def _nothing(z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return z.new_empty(0, dtype=dtype)
 
 
-def _training(
+def _asked(
     z: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -65,8 +65,14 @@ def _training(
     axis: int,
     eps: float,
     activation: str | None,
-) -> tuple[Tensor, ...]:
-    norm, engine = Norm(axis, eps, gamma, beta, residual, activation), select(z)
+) -> tuple[Tensor, Norm, Tensor | None, Constants | None]:
+    fallback = None if fallback_mean is None or fallback_var is None else (fallback_mean, fallback_var)
+    return z, Norm(axis, eps, gamma, beta, residual, activation), mask, fallback
+
+
+def _training(*given: Any) -> tuple[Tensor, ...]:
+    z, norm, mask, fallback = _asked(*given)
+    engine, axis, activation = select(z), norm.axis, norm.activation
     if mask is None:
         y, mean, var, inv_std, _ = engine.forward(z, norm, None)  # type: ignore[misc] # None is for masks
         # an engine may lay its vectors out in one piece, which torch forbids an operator's outputs
@@ -74,7 +80,6 @@ def _training(
         center, divisor = _nothing(z), _nothing(z)
         count = torch.full((), values_per_channel(z.shape, axis), device=z.device)
     else:
-        fallback = None if fallback_mean is None or fallback_var is None else (fallback_mean, fallback_var)
         y, told, (center, inv_std), _, divisor = steps.forward(engine, z, norm, mask, fallback, save=False)
         dtype = vector_dtype(z)
         mean, var, count = told.mean.to(dtype, copy=True), told.var().to(dtype), told.count.to(torch.long)
@@ -89,22 +94,12 @@ def _training(
     return y, mean, var, center, inv_std, side, divisor, count
 
 
-def _training_fake(
-    z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    fallback_mean: Tensor | None,
-    fallback_var: Tensor | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
-) -> tuple[Tensor, ...]:
-    def vector() -> Tensor:
-        return z.new_empty(z.shape[axis], dtype=vector_dtype(z))
+def _training_fake(*given: Any) -> tuple[Tensor, ...]:
+    z, norm, mask, _ = _asked(*given)
 
-    norm = Norm(axis, eps, gamma, beta, residual, activation)
+    def vector() -> Tensor:
+        return z.new_empty(z.shape[norm.axis], dtype=vector_dtype(z))
+
     with_side = norm.needs_saved and not norm.saves_residual
     side = torch.empty_like(z, dtype=torch.bool) if with_side else _nothing(z, torch.bool)
     center = _nothing(z) if mask is None else vector()

@@ -24,17 +24,7 @@ _library.define("count_skips(Tensor running_mean, Tensor skipped) -> Tensor")
 def count(running_mean: Tensor, skipped: Tensor) -> Tensor:
     """Count a batch, if any of its channels was left out.
 
-    Parameters
-    ----------
-    running_mean : Tensor, shape (C,)
-        The mean that was spared.
-    skipped : Tensor of bool, shape (C,)
-        Which channels were.
-
-    Returns
-    -------
-    Tensor of bool, shape (C,)
-        ``skipped``: use it, for in a graph only what comes out is sure to have been counted.
+    Use what comes out, which is ``skipped``: in a graph nothing else is sure to have been counted.
     """
     if written_down():
         return skipped
@@ -47,29 +37,12 @@ def count(running_mean: Tensor, skipped: Tensor) -> Tensor:
 
 
 def count_one(running_mean: Tensor) -> None:
-    """Count a batch of which an engine found that a channel was left out.
-
-    Parameters
-    ----------
-    running_mean : Tensor, shape (C,)
-        The mean that was spared.
-    """
+    """Count a batch of which an engine found that a channel was left out."""
     counter(running_mean).add_(1)
 
 
 def counted(running_mean: Tensor | None) -> int:
-    """Give the count; this waits for the device.
-
-    Parameters
-    ----------
-    running_mean : Tensor or None
-        The mean of some running statistics.
-
-    Returns
-    -------
-    int
-        Batches left out since these statistics were made, loaded, reset or moved.
-    """
+    """Give the count; this waits for the device."""
     if running_mean is None or running_mean.is_meta:
         return 0
     weak, batches = _counts.get(_key(running_mean), (None, None))
@@ -77,13 +50,7 @@ def counted(running_mean: Tensor | None) -> int:
 
 
 def forget(running_mean: Tensor | None) -> None:
-    """Begin at 0 again: the statistics are others now.
-
-    Parameters
-    ----------
-    running_mean : Tensor or None
-        Their mean.
-    """
+    """Begin at 0 again: the statistics are others now."""
     if running_mean is not None and _counts:
         _counts.pop(_key(running_mean), None)
 
@@ -94,18 +61,7 @@ def _key(running_mean: Tensor) -> tuple[int, int]:
 
 
 def counter(running_mean: Tensor) -> Tensor:
-    """Give the count itself, to be raised where the statistics are.
-
-    Parameters
-    ----------
-    running_mean : Tensor, shape (C,)
-        The mean of some running statistics.
-
-    Returns
-    -------
-    Tensor of int64, shape ()
-        Made at 0 where there is none yet.
-    """
+    """Give the count itself, to be raised where the statistics are."""
     key = _key(running_mean)
     if key not in _counts:
         for gone in [k for k, (weak, _) in _counts.items() if weak.expired()]:

@@ -19,18 +19,7 @@ from batchnorm.population import Tracking
 
 
 def infer(z: Tensor, norm: Norm, mean: Tensor, var: Tensor, mask: Tensor | None) -> Tensor:
-    """Normalize with population statistics.
-
-    Parameters
-    ----------
-    z, norm, mean, var, mask
-        As for `batchnorm.autograd.normalize_population`.
-
-    Returns
-    -------
-    Tensor
-        Of the shape and dtype of ``z``.
-    """
+    """Normalize with population statistics."""
     dtype = vector_dtype(z)
     mean, var = _as(mean, dtype), _as(var, dtype)
     if mask is None:
@@ -41,25 +30,7 @@ def infer(z: Tensor, norm: Norm, mean: Tensor, var: Tensor, mask: Tensor | None)
 
 
 def train(z: Tensor, norm: Norm, tracking: Tracking | None) -> Tensor:
-    """Normalize with the batch's own statistics, and move running ones.
-
-    Parameters
-    ----------
-    z, norm
-        As for `batchnorm.autograd.normalize_batch`.
-    tracking : Tracking or None
-        Running statistics to move. What is not finite enters them.
-
-    Returns
-    -------
-    Tensor
-        Of the shape and dtype of ``z``.
-
-    Raises
-    ------
-    ArgumentError
-        The running variance is to have a divisor that torch's operator does not know.
-    """
+    """Normalize with the batch's own statistics, and move running ones; what is not finite enters them."""
     if tracking is None:
         return _normalize(z, norm, None, None, True, 0.0)
     if not tracking.correction:
@@ -115,22 +86,7 @@ def record(
     training: bool,
     momentum: float,
 ) -> torch.fx.Proxy:
-    """Put torch's batch norm into the graph that a symbolic tracer makes.
-
-    Parameters
-    ----------
-    z : torch.fx.Proxy
-        Stands for the input.
-    running : tuple of (Tensor or None)
-        Running mean and variance.
-    norm, training, momentum
-        What is done with it; the axis as it was given.
-
-    Returns
-    -------
-    torch.fx.Proxy
-        Stands for the output.
-    """
+    """Put torch's batch norm into the graph that a symbolic tracer makes."""
     axis, eps, gamma, beta, residual, activation, _ = norm
     u = z if axis == 1 else z.movedim(axis, 1)
     u = F.batch_norm(u, *running, gamma, beta, training, momentum, eps)  # type: ignore[arg-type, assignment]

@@ -14,12 +14,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 def written_down() -> bool:
     """Whether what runs now is recorded for use elsewhere, so that it must be torch's own operations.
 
-    Returns
-    -------
-    bool
-        True inside ``torch.jit.trace``, both ONNX exporters, ``torch.export`` and ``make_fx``; False under
-        ``torch.compile``, whose graph runs where it was made, and where ``make_fx`` records a derivative or
-        ``vmap``, which torch's operator does not go through.
+    True inside ``torch.jit.trace``, both ONNX exporters, ``torch.export`` and ``make_fx``; False under
+    ``torch.compile``, whose graph runs where it was made, and where ``make_fx`` records a derivative or ``vmap``,
+    which torch's operator does not go through.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
@@ -37,13 +34,7 @@ def written_down() -> bool:
 
 @contextmanager
 def unwritten() -> Iterator[None]:
-    """Run a ``with`` block unseen by ``torch.jit.trace``, for questions that are no part of the computation.
-
-    Yields
-    ------
-    None
-        Nothing.
-    """
+    """Run a ``with`` block unseen by ``torch.jit.trace``, for questions that are no part of the computation."""
     tracer = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
@@ -53,18 +44,7 @@ def unwritten() -> Iterator[None]:
 
 
 def plain_shape(z: Tensor) -> tuple[int, ...]:
-    """Give the shape in numbers; to ``torch.jit.trace`` it would be tensors, and to compare them a warning.
-
-    Parameters
-    ----------
-    z : Tensor
-        Any tensor.
-
-    Returns
-    -------
-    tuple of int
-        Its shape.
-    """
+    """Give the shape in numbers; to ``torch.jit.trace`` it would be tensors, and to compare them a warning."""
     if torch._C._get_tracing_state() is None:
         return z.shape
     with unwritten():

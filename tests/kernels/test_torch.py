@@ -339,10 +339,10 @@ def test_a_compiled_graph_shows_torchs_batch_norm_and_none_of_our_operators() ->
 def test_the_engine_serves_every_device_but_the_cpu_and_says_so() -> None:
     with torch._subclasses.FakeTensorMode():
         z = torch.empty(2, 3, device="cuda")
-    before, select._override = select._override, None
+    before, select.forced = select.forced, None
     try:
         assert select.select(z) is own.engine
         assert select.reason(z).startswith("torch: ")
         assert select.select(torch.empty(2, 3)) is not own.engine
     finally:
-        select._override = before
+        select.forced = before

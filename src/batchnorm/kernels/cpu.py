@@ -28,7 +28,7 @@ from batchnorm.kernels.contract import Backward, Engine, Forward, Moments, Norm,
 from batchnorm.population import Tracking, commit
 
 # csrc/bindings.cpp has the same number: it rises whenever what crosses the boundary changes
-_INTERFACE = 2
+_INTERFACE = 3
 
 absence: str | None = None
 _core: Any
@@ -50,8 +50,25 @@ except ImportError as error:  # not built for this machine: the engine of torch 
 except (AttributeError, RuntimeError, TypeError):
     _core, absence = None, f"torch {torch.__version__} has no table of DLPack functions; a newer one has"
 
+
+def _declined(*_: Any) -> None:
+    """What a core that is not there makes of everything."""
+
+
+watch = train_at_once = infer_at_once = backward_at_once = _declined
+"""Whole calls, where nothing stands in their way (csrc/at_once.cpp); elsewhere None, and nothing done."""
+if _core is not None:
+    watch, backward_at_once = _core.watch, _core.backward_at_once
+    train_at_once, infer_at_once = _core.train_at_once, _core.infer_at_once
+
 MOST_AXES = 16
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def serves(z: Tensor) -> bool:
+    """Whether the core can serve a tensor of the CPU."""
+    return z.dtype in DTYPES and z.dim() <= MOST_AXES and not z.is_neg()
+
 
 _REDUCTION, _INPUT_GRADIENT, _BOTH = 1, 2, 3
 _make = tuple.__new__

@@ -38,9 +38,10 @@ def _named(name: str) -> Engine:
     return found
 
 
-_override: Engine | None = None
+forced: Engine | None = None
+"""The engine that was asked for by name."""
 if os.environ.get("BATCHNORM_ENGINE"):
-    _override = _named(os.environ["BATCHNORM_ENGINE"])
+    forced = _named(os.environ["BATCHNORM_ENGINE"])
 
 
 def _refusal(engine: Engine, z: Tensor) -> str:
@@ -81,12 +82,12 @@ def select(z: Tensor, norm: Norm | None = None) -> Engine:
         The one forced, where it can serve. Else the C++ core for CPU tensors of a dtype it knows; on every other
         device torch's own batch norm, or our Triton kernels where they were measured to win.
     """
-    if _override is not None and not _refusal(_override, z):
-        return _override
+    if forced is None and z.is_cpu and cpu.engine is not None and cpu.serves(z):
+        return cpu.engine
+    if forced is not None and not _refusal(forced, z):
+        return forced
     if not z.is_cpu and not z.is_meta:
         return own.engine if not _measured(z, norm) else _named("triton")
-    if cpu.engine is not None and not _refusal(cpu.engine, z):
-        return cpu.engine
     return aten.engine
 
 
@@ -107,7 +108,7 @@ def by_torch(z: Tensor, norm: Norm | None = None) -> bool:
         forced `torch`: there the operations must be seen, and the compiler fuses them.
     """
     if torch.compiler.is_compiling():
-        return _override is own.engine or not (z.is_cpu or z.is_meta)
+        return forced is own.engine or not (z.is_cpu or z.is_meta)
     return select(z, norm) is own.engine
 
 
@@ -125,11 +126,11 @@ def reason(z: Tensor) -> str:
         One sentence.
     """
     chosen = select(z).name
-    if _override is not None:
-        refusal = _refusal(_override, z)
+    if forced is not None:
+        refusal = _refusal(forced, z)
         if not refusal:
             return f"{chosen}: forced"
-        return f"{chosen}: {_override.name} is forced, and cannot serve ({refusal})"
+        return f"{chosen}: {forced.name} is forced, and cannot serve ({refusal})"
     if not z.is_cpu and not z.is_meta:
         return f"torch: torch's own batch norm, with our guard around it; {_of_triton(z)}"
     if cpu.engine is None:
@@ -169,13 +170,13 @@ def use(name: str) -> Iterator[Engine]:
     ArgumentError
         No such engine, or it was not built.
     """
-    global _override
+    global forced
     chosen = _named(name)
-    before, _override = _override, chosen
+    before, forced = forced, chosen
     try:
         yield chosen
     finally:
-        _override = before
+        forced = before
 
 
 def devices() -> list[torch.device]:
