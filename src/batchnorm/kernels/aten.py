@@ -96,10 +96,6 @@ class AtenEngine:
     name = "aten"
     fuses_masks = False
 
-    def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
-        """Say nothing: no quick look is made here."""
-        return False
-
     def batch_statistics(
         self, z: Tensor, axis: int, mask: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Statistics:

@@ -136,12 +136,6 @@ class Engine(Protocol):
     fuses_masks: bool
     """Whether `forward` and `backward` take a mask."""
 
-    def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
-        """Whether a training forward has nothing to find fault with, and two values a channel.
-
-        False says nothing: the arguments must then be looked at one by one.
-        """
-
     def batch_statistics(
         self, z: Tensor, axis: int, mask: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Statistics:

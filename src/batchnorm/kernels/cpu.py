@@ -55,10 +55,10 @@ def _declined(*_: Any) -> None:
     """What a core that is not there makes of everything."""
 
 
-watch = train_at_once = infer_at_once = backward_at_once = _declined
+takes = watch = train_at_once = infer_at_once = backward_at_once = _declined
 """Whole calls, where nothing stands in their way (csrc/at_once.cpp); elsewhere None, and nothing done."""
 if _core is not None:
-    watch, backward_at_once = _core.watch, _core.backward_at_once
+    takes, watch, backward_at_once = _core.takes, _core.watch, _core.backward_at_once
     train_at_once, infer_at_once = _core.train_at_once, _core.infer_at_once
 
 MOST_AXES = 16
@@ -109,11 +109,6 @@ class CpuEngine:
 
     name = "cpu"
     fuses_masks = True
-
-    def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
-        """Whether a training forward has nothing to find fault with, and nothing to convert."""
-        mean, var = (None, None) if tracking is None else tracking[:2]
-        return _core.takes(z, norm, mean, var)
 
     def batch_statistics(
         self, z: Tensor, axis: int, mask: Tensor | None = None, dtype: torch.dtype | None = None

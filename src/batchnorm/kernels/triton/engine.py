@@ -65,10 +65,6 @@ class TritonEngine:
     name = "triton"
     fuses_masks = False
 
-    def takes(self, z: Tensor, norm: Norm, tracking: Tracking | None) -> bool:
-        """Say nothing: no quick look is made here."""
-        return False
-
     def batch_statistics(
         self, z: Tensor, axis: int, mask: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Statistics:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from batchnorm.autograd import normalize_batch, normalize_population, observed
 from batchnorm.functional import Options
+from batchnorm.kernels import cpu
 from batchnorm.kernels.activations import activate
 from batchnorm.kernels.contract import Norm
 from batchnorm.kernels.select import select
@@ -68,7 +69,7 @@ def torch_training(eps: float, activation: str | None) -> Callable[..., Tensor]:
         if mean is not None and var is not None:
             tracking = Tracking(mean, var, momentum=momentum, skip_nonfinite=False)
         engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
-        if engine.name in NATIVE and not observed(z) and engine.takes(z, norm, tracking):
+        if engine.name in NATIVE and not observed(z) and cpu.takes(z, norm, mean, var):
             return normalize_batch(z, norm, tracking)
         return _written(z, mean, var, gamma, beta, True, momentum, eps, residual, activation)
 
@@ -98,7 +99,7 @@ def torch_inference(eps: float, activation: str | None) -> Callable[..., Tensor]
         residual: Tensor | None,
     ) -> Tensor:
         engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
-        if engine.name in NATIVE and not observed(z) and engine.takes(z, norm, Tracking(mean, var)):
+        if engine.name in NATIVE and not observed(z) and cpu.takes(z, norm, mean, var):
             return normalize_population(z, norm, mean, var)
         return _written(z, mean, var, gamma, beta, False, 0.0, eps, residual, activation)
 
