@@ -355,7 +355,13 @@ def normalize_batch(
 
 
 def normalize_population(
-    z: Tensor, norm: Norm, mean: Tensor, var: Tensor, mask: Tensor | None = None, inplace: bool = False
+    z: Tensor,
+    norm: Norm,
+    mean: Tensor,
+    var: Tensor,
+    mask: Tensor | None = None,
+    inplace: bool = False,
+    momentum: float | None = None,
 ) -> Tensor:
     """Normalize with population statistics, which are constants.
 
@@ -367,6 +373,8 @@ def normalize_population(
         Population statistics.
     inplace : bool, default False
         Write into ``z``; only where no gradient is asked for, and without a mask.
+    momentum : float or None
+        Of no use here; a graph that is written down for others has it beside the statistics, as torch's would.
 
     Returns
     -------
@@ -375,7 +383,7 @@ def normalize_population(
     """
     if torch.compiler.is_compiling() or written_down():
         # compilers fuse torch's own operator, and exporters know its name
-        return visible.infer(z, norm, mean, var, mask)
+        return visible.infer(z, norm, mean, var, mask, momentum)
     if mask is None and _seen_by_torch(z, norm):
         if _recorded(z, norm):
             # copies: the live buffers may move before the backward comes

@@ -33,6 +33,7 @@ class Options(NamedTuple):
     on_single_value: str = "error"
     on_nonfinite: str = "skip"
     virtual_batch_size: int | None = None
+    momentum: float | None = None
 
 
 def batch_norm(
@@ -221,7 +222,7 @@ def _checked(
         training, momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size
     )
     validation.check_switches(masked_output, running_var_correction)
-    return Options(eps, activation, channel_dim, on_single_value, on_nonfinite, virtual_batch_size)
+    return Options(eps, activation, channel_dim, on_single_value, on_nonfinite, virtual_batch_size, momentum)
 
 
 _remembered = lru_cache(maxsize=256, typed=True)(_checked)
@@ -286,9 +287,9 @@ def infer(
         raise validation.inplace_with_gradient()
     norm = Norm(axis, options.eps, gamma, beta, residual, options.activation)
     if mask is None:
-        return normalize_population(z, norm, running_mean, running_var, None, inplace)
+        return normalize_population(z, norm, running_mean, running_var, None, inplace, options.momentum)
     keep = validation.spread_mask(mask, z, axis)
-    y = normalize_population(z, norm, running_mean, running_var, keep)
+    y = normalize_population(z, norm, running_mean, running_var, keep, momentum=options.momentum)
     y = y if masked_output == "zero" else torch.where(keep, y, z)
     return z.copy_(y) if inplace else y
 

@@ -191,6 +191,7 @@ class Layer(Populations):
             self.on_single_value,
             self.on_nonfinite,
             self.virtual_batch_size,
+            self.momentum,
         )
         name = active_domain()
         if name is not None and self.training and not self.frozen_statistics and self._lacks(name):

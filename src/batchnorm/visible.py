@@ -8,7 +8,8 @@ rule; what stands beside it (another channel axis, a residual, an activation) ar
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 
 from batchnorm.errors import ArgumentError
@@ -17,20 +18,28 @@ from batchnorm.kernels.aten import vector_dtype
 from batchnorm.kernels.contract import Norm
 from batchnorm.population import Tracking
 
+_TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-def infer(z: Tensor, norm: Norm, mean: Tensor, var: Tensor, mask: Tensor | None) -> Tensor:
+
+def infer(
+    z: Tensor, norm: Norm, mean: Tensor, var: Tensor, mask: Tensor | None, momentum: float | None = None
+) -> Tensor:
     """Normalize with population statistics."""
+    _name_as_torchs(norm)
     dtype = vector_dtype(z)
     mean, var = _as(mean, dtype), _as(var, dtype)
+    # inference has no use for it, but a tool may turn the graph to training
+    momentum = momentum or 0.0
     if mask is None:
-        return _normalize(z, norm, mean, var, False, 0.0)
+        return _normalize(z, norm, mean, var, False, momentum)
     residual = None if norm.residual is None else torch.where(mask, norm.residual, 0)
     clean, norm = torch.where(mask, z, 0), norm._replace(residual=residual)
-    return torch.where(mask, _normalize(clean, norm, mean, var, False, 0.0), 0)
+    return torch.where(mask, _normalize(clean, norm, mean, var, False, momentum), 0)
 
 
 def train(z: Tensor, norm: Norm, tracking: Tracking | None) -> Tensor:
     """Normalize with the batch's own statistics, and move running ones; what is not finite enters them."""
+    _name_as_torchs(norm)
     if tracking is None:
         return _normalize(z, norm, None, None, True, 0.0)
     if not tracking.correction:
@@ -69,14 +78,28 @@ def _normalize(
     dtype = vector_dtype(z)
     gamma, beta = (None if v is None else _as(v, dtype) for v in (gamma, beta))
     u = _as(z, dtype) if axis == 1 else _as(z, dtype).movedim(axis, 1)
-    if training:
-        # F.batch_norm looks at the size again, which a tracer complains of
+    if training and torch._C._get_tracing_state() is not None:
+        # F.batch_norm looks at the size again, which this tracer complains of
         enabled = torch.backends.cudnn.enabled
         u = torch.batch_norm(u, gamma, beta, mean, var, True, momentum, eps, enabled)
     else:
-        u = F.batch_norm(u, mean, var, gamma, beta, False, momentum, eps)
+        u = F.batch_norm(u, mean, var, gamma, beta, training, momentum, eps)
     u = u if axis == 1 else u.movedim(1, axis)
     return _as(activate(u if residual is None else u + residual, activation), z.dtype)
+
+
+def _name_as_torchs(norm: Norm) -> None:
+    """Let an exporter's note of the layer at work name torch's class, which tools look for by its name.
+
+    Quantizers of PT2E find a convolution and the batch norm behind it by what is written beside each operation.
+    """
+    modules: dict | None = getattr(getattr(get_proxy_mode(), "tracer", None), "module_stack", None)
+    if modules and norm.axis == 1 and norm.residual is None:
+        last = next(reversed(modules))
+        path, kind = modules[last]
+        torchs = [c for c in _TORCH if isinstance(kind, type) and issubclass(kind, c)]
+        if torchs:
+            modules[last] = (path, torchs[0])
 
 
 def record(

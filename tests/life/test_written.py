@@ -172,6 +172,85 @@ def test_a_mask_is_written_with_torchs_operations(training):
     torch.testing.assert_close(traced(z, mask), expected)
 
 
+def noted(graph):
+    """Operations with their arguments, and what an exporter notes beside each for tools that look for layers."""
+    found = []
+    for node in graph.nodes:
+        layers = list(node.meta.get("nn_module_stack", {}).values())
+        found.append((str(node.target), str(node.args), layers[-1:], node.meta.get("torch_fn")))
+    return found
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-3, "momentum": 0.3}, {"affine": False}], ids=str)
+def test_an_exported_layer_cannot_be_told_from_torchs(training, options):
+    def graph(of):
+        layers = [
+            nn.Conv2d(3, 4, 1),
+            of.BatchNorm2d(4, **options),
+            nn.ReLU(),
+            nn.Flatten(2),
+            of.BatchNorm1d(4),
+        ]
+        model = nn.Sequential(*layers).train(training)
+        return torch.export.export(model, (torch.randn(4, 3, 5, 5),)).graph
+
+    assert noted(graph(batchnorm)) == noted(graph(nn))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_pt2e_quantization_aware_training_gives_torchs_numbers(activation):
+    pytest.importorskip("torchao")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.quantization.pt2e import allow_exported_model_train_eval
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+        from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+            X86InductorQuantizer,
+            get_default_x86_inductor_quantization_config,
+        )
+
+    def run(of, **options):
+        torch.manual_seed(0)
+        norm = of.BatchNorm2d(8, **options)
+        after = nn.Identity() if options else (nn.ReLU() if activation else nn.Identity())
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), norm, after, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        )
+        z = torch.randn(4, 8, 3, 10, 10)
+        quantizer = X86InductorQuantizer().set_global(
+            get_default_x86_inductor_quantization_config(is_qat=True)
+        )
+        prepared = prepare_qat_pt2e(torch.export.export(model, (z[0],)).module(), quantizer)
+        allow_exported_model_train_eval(prepared)
+        optimizer, given = torch.optim.SGD(prepared.parameters(), lr=0.05), []
+        for batch in z:
+            optimizer.zero_grad()
+            given.append(prepared(batch))
+            given[-1].square().sum().backward()
+            optimizer.step()
+        prepared.eval()
+        given.append(prepared(z[0]))
+        prepared.train()
+        converted = convert_pt2e(prepared)
+        allow_exported_model_train_eval(converted)
+        converted.eval()
+        given.append(converted(z[0]))
+        kept = {k: v for k, v in prepared.state_dict().items() if "running" in k}
+        called = [str(node.target) for node in converted.graph.nodes]
+        assert not any("batch_norm" in name for name in called)  # it is in the convolution
+        return [*given, *kept.values()], sorted(called)
+
+    (have, ours), (want, theirs) = (
+        run(batchnorm, **({"activation": activation} if activation else {})),
+        run(nn),
+    )
+    assert ours == theirs
+    for mine, torchs in zip(have, want, strict=True):
+        torch.testing.assert_close(mine, torchs)
+
+
 def test_a_training_graph_of_torchs_quantization_goes_to_eval_and_back():
     pytest.importorskip("torchao")
     with warnings.catch_warnings():

@@ -40,7 +40,7 @@ _aten = torch.ops.aten
 
 # `side` is what torch's derivative does at the kink and at NaN
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(1, torch.relu, lambda dy, u: _aten.threshold_backward(dy, u, 0), lambda u: ~(u <= 0)),
+    "relu": Activation(1, F.relu, lambda dy, u: _aten.threshold_backward(dy, u, 0), lambda u: ~(u <= 0)),
     "relu6": Activation(
         2, F.relu6, lambda dy, u: _aten.hardtanh_backward(dy, u, 0, 6), lambda u: ~((u <= 0) | (u >= 6))
     ),
