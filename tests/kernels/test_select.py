@@ -25,7 +25,7 @@ def _raises(error: Exception) -> Callable:
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(select, "_override", None)
+    monkeypatch.setattr(select, "forced", None)
     remembered = triton.load, triton._fault
     for function in remembered:
         function.cache_clear()

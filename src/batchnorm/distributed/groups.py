@@ -150,6 +150,8 @@ def timeout_of(group: Any) -> float:
         In seconds; torch's default where the backend does not tell.
     """
     for device in group._device_types:
-        with contextlib.suppress(RuntimeError, AttributeError):  # no such backend here, or one without options
+        with contextlib.suppress(
+            RuntimeError, AttributeError
+        ):  # no such backend here, or one without options
             return group._get_backend(device).options._timeout.total_seconds()
     return dist.distributed_c10d.default_pg_timeout.total_seconds()
