@@ -93,6 +93,8 @@ def _name_as_torchs(norm: Norm) -> None:
 
     Quantizers of PT2E find a convolution and the batch norm behind it by what is written beside each operation.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return  # it follows this Python, and writes its own notes
     modules: dict | None = getattr(getattr(get_proxy_mode(), "tracer", None), "module_stack", None)
     if modules and norm.axis == 1 and norm.residual is None:
         last = next(reversed(modules))
