@@ -107,7 +107,8 @@ def draw(curves: dict[bool, list[float]], path: Path) -> None:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot()
     for pooled, accuracies in curves.items():
-        axes.plot([EVERY * (i + 1) for i in range(len(accuracies))], accuracies, label=ARMS[pooled])
+        steps = [EVERY * (i + 1) for i in range(len(accuracies))]
+        axes.plot(steps, accuracies, "-" if pooled else "--", label=ARMS[pooled])
     axes.set(xlabel="step", ylabel="test accuracy", title=f"digits, 2 ranks, {BATCH} images a rank")
     axes.legend()
     axes.grid(alpha=0.3)
