@@ -88,11 +88,11 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for p in parameters if id(p) not in without], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) in without], "weight_decay": 0.0},
     ]
-    told, layers = Record(), dict[str, tuple[nn.Module, list[str]]]()
+    told, layers = Record(tool="param_groups"), dict[str, tuple[nn.Module, list[str]]]()
     for path, module, name, _ in found:
         layers.setdefault(path, (module, []))[1].append(name)
     for path, (module, names) in layers.items():
-        told.add(path, type(module).__name__, "without decay", ", ".join(names), tool="param_groups")
+        told.add(path, type(module).__name__, "without decay", ", ".join(names))
     forget_tool(model, "param_groups")
     write_record(model, told)
     return [group for group in groups if group["params"]]

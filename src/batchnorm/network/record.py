@@ -53,6 +53,8 @@ class Record:
     ----------
     rows : list of Row
         What was done and left alone so far.
+    tool : str
+        Who writes, where a row does not say.
 
     Examples
     --------
@@ -64,6 +66,7 @@ class Record:
     """
 
     rows: list[Row] = field(default_factory=list)
+    tool: str = ""
 
     def add(
         self, path: str, kind: str, action: str, detail: str = "", reason: str = "", *, tool: str = ""
@@ -75,7 +78,7 @@ class Record:
         path, kind, action, detail, reason, tool : str
             The fields of :class:`Row`.
         """
-        self.rows.append(Row(path, kind, action, detail, reason, tool))
+        self.rows.append(Row(path, kind, action, detail, reason, tool or self.tool))
 
     def leave(self, path: str, kind: str, reason: str, *, tool: str = "") -> None:
         """Write that something was left alone.

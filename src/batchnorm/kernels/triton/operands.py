@@ -18,7 +18,7 @@ def packed(z: Tensor, axis: int) -> tuple[Tensor, Plan]:
         z = z.contiguous()
         kind = kind_of(z, axis)
     c, s = z.shape[axis], 1 if kind == "RC" else prod(z.shape[axis + 1 :])
-    return z, plan(kind, z.numel() // (c * s), c, s, z.element_size())  # type: ignore[arg-type]
+    return z, plan(kind, z.numel() // (c * s), c, s, z.element_size())
 
 
 def beside(t: Tensor | None, z: Tensor) -> Tensor | None:

@@ -136,10 +136,8 @@ def _by_measurement(norm: Any) -> Affine:
     extra = next((n for kind, n in axes.items() if isinstance(norm, kind)), 2)
     shape = (4, channels, *[3] * extra)
     column = (1, channels, *[1] * extra)
-    tail: nn.Module = nn.Identity()
     parts = [m for m in norm.children() if not isinstance(m, nn.Identity)]
-    if parts:
-        tail = copy.deepcopy(parts[0] if len(parts) == 1 else nn.Sequential(*parts)).eval()
+    tail = copy.deepcopy(parts[0] if len(parts) == 1 else nn.Sequential(*parts)) if parts else nn.Identity()
     try:
         measured = copy.deepcopy(norm).to("cpu", torch.float64).eval()
         with torch.no_grad():
@@ -152,19 +150,15 @@ def _by_measurement(norm: Any) -> Affine:
                 plain = Affine(one.movedim(1, 0).flatten(1)[:, 0] - shift, shift, nn.Identity(), 1)
             generator = torch.Generator().manual_seed(0)
             sample = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-            expected = tail.to("cpu", torch.float64)(
-                sample * plain.scale.view(column) + plain.shift.view(column)
-            )
+            plain_tail = copy.deepcopy(tail).to("cpu", torch.float64).eval()
+            expected = plain_tail(sample * plain.scale.view(column) + plain.shift.view(column))
             agrees = torch.allclose(measured(sample.clone()), expected, rtol=1e-6, atol=1e-6)
     except Exception as error:
         raise Unproven(f"its own forward can't be measured: {type(error).__name__}") from error
     if not agrees:
         raise Unproven(f"the forward of {type(norm).__name__} is not a scale and a shift a channel")
     device = norm.running_mean.device if norm.running_mean.device.type != "mps" else "cpu"
-    kept: nn.Module = nn.Identity()
-    if parts:
-        kept = copy.deepcopy(parts[0] if len(parts) == 1 else nn.Sequential(*parts))
-    return Affine(plain.scale.to(device), plain.shift.to(device), kept, 1)
+    return Affine(plain.scale.to(device), plain.shift.to(device), tail, 1)
 
 
 def foldable_layer(layer: nn.Module) -> str:

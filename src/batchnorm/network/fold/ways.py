@@ -352,14 +352,14 @@ class Folding:
         Record
             One row a norm.
         """
-        told = Record()
+        told = Record(tool=TOOL)
         for path, norm in batch_norms(self.flow.model):
             kind = type(norm).__name__
             if path in self.done:
-                told.add(path, kind, "folded", self.done[path], tool=TOOL)
+                told.add(path, kind, "folded", self.done[path])
             else:
                 reasons = [r for r in self.reasons.get(path, []) if r] or ["no neighbour can take it"]
-                told.leave(path, kind, "; ".join(reasons), tool=TOOL)
+                told.leave(path, kind, "; ".join(reasons))
         return told
 
 

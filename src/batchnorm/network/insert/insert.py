@@ -142,14 +142,14 @@ def insert(
     batches, first = _first_batch(data)
     if example is None and first is not None:
         example = first if forward else move_to(first, single_device(model))
-    flow = find_flow(model, example, modes_needed=(False, True), forward=forward, tool=_TOOL)
+    flow = find_flow(model, example, modes_needed=(False, True), forward=forward)
     if not flow.views and any(is_layer(m) for m in model.modules()):
         raise TraceError(
             f"insert: the flow of values through {type(model).__name__} can't be seen: {flow.why}.",
             why="without it nobody can tell a hidden layer from an output layer.",
             mend="pass example=, an input for one run.",
         )
-    told = Record()
+    told = Record(tool=_TOOL)
     verdicts = _verdicts(model, flow, chooser(where, _TOOL), told)
     chosen = {path: verdict for path, layer, verdict in verdicts if verdict.insert}
     moments = None
@@ -158,7 +158,7 @@ def insert(
     for path in [path for path in chosen if moments is not None and path not in moments]:
         del chosen[path]
         kind = type(model.get_submodule(path)).__name__
-        told.leave(path, kind, "the data never reaches it in eval mode", tool=_TOOL)
+        told.leave(path, kind, "the data never reaches it in eval mode")
     # a network that begins with a Linear takes any number of axes, so a made-up (N, C) tells nothing
     free = isinstance(flow.example, Tensor) and flow.example.dim() == 2
     exact = example is not None or not free
@@ -228,7 +228,7 @@ def _verdicts(
                 False, f"its output of shape {verdict.shape} has no batch axis, or too many axes"
             )
         if not verdict.insert:
-            told.leave(path, type(layer).__name__, verdict.reason, tool=_TOOL)
+            told.leave(path, type(layer).__name__, verdict.reason)
         found.append((path, layer, verdict))
     return found
 
@@ -292,7 +292,7 @@ def _put(
         detail.append("gamma 0")
     above, _, name = path.rpartition(".")
     setattr(result.get_submodule(above), name, Normalized(layer, norm))
-    told.add(path, type(layer).__name__, "inserted", ", ".join(detail), verdict.reason, tool=_TOOL)
+    told.add(path, type(layer).__name__, "inserted", ", ".join(detail), verdict.reason)
 
 
 def _measure(

@@ -41,7 +41,7 @@ class Adopted:
         return (_remake, (self._adopted_from, self._first), state)
 
 
-def _remake(origin: type[nn.Module], first: type) -> nn.Module:
+def _remake(origin: Any, first: type) -> nn.Module:
     made = ours_for(origin, first)
     return made.__new__(made)
 
@@ -116,7 +116,7 @@ def become_ours(layer: _BatchNorm) -> str:
     str
         Empty when done; otherwise the reason why the layer was left as it is.
     """
-    cls = type(layer)
+    cls: Any = type(layer)
     base = torch_base(cls)
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "lazy: its class changes at the first batch, when it can be converted"

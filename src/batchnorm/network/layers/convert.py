@@ -123,7 +123,7 @@ def convert(
     check_model(model, _TOOL)
     model, chosen = model if inplace else copied(unwrapped(model)), chooser(where, _TOOL)
     check_forward(forward, _TOOL)
-    told = Record()
+    told = Record(tool=_TOOL)
     layers = [
         (path, m)
         for path, m in model.named_modules()
@@ -141,10 +141,10 @@ def convert(
                 detail = _convert(layer, to, _Finder(model, path, layer, axes), groups, process_group)
             except _Impossible as why:
                 one.back()
-                told.leave(path, kind, str(why), tool=_TOOL)
+                told.leave(path, kind, str(why))
             else:
                 if detail is not None:
-                    told.add(path, kind, "converted", detail, tool=_TOOL)
+                    told.add(path, kind, "converted", detail)
         keep_attribute(undo, model, ATTRIBUTE)
         write_record(model, told)
     return model

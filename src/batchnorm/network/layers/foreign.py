@@ -279,7 +279,7 @@ def _load(
     planned = [
         (path, layer, _values(layer, path, groups[name], who)) for name, (path, layer) in pairs.items()
     ]
-    told, undo = Record(), Undo()
+    told, undo = Record(tool=who), Undo()
     with undo, undo:
         keep_modules(undo, [model, *(layer for _, layer, _ in planned)])
         _write(planned, undo, momentum, epsilon, told, who)
@@ -305,7 +305,7 @@ def _write(planned: _Plan, undo: Undo, momentum: float, epsilon: float, told: Re
             said += ", running_var with divisor m"
         else:
             said += "; trained on, running_var will have divisor m - 1: convert(model, to='batchnorm') has the switch"
-        told.add(path, type(layer).__name__, "loaded", said, tool=who)
+        told.add(path, type(layer).__name__, "loaded", said)
     keep_values(undo, tensors)
     write_together(tensors, values)
 

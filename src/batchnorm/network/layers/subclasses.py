@@ -77,7 +77,7 @@ def adopt_subclass(layer: _BatchNorm) -> str:
     return reason
 
 
-def _class_for(cls: type[nn.Module], then_children: bool) -> type[nn.Module]:
+def _class_for(cls: Any, then_children: bool) -> type[nn.Module]:
     return ours_for(cls, _NormThenChildren if then_children else Adopted)
 
 

@@ -149,7 +149,7 @@ class adapt:
                 why="there is nothing to blend.",
                 mend="a folded network has none left: adapt before you fold.",
             )
-        self.model, self.prior, self._told = model, prior, Record()
+        self.model, self.prior, self._told = model, prior, Record(tool="adapt")
         self._blenders = [_Blender(layer, prior) for layer in layers.values()]
         self._end = Undo(always=True)
         self._end.add(self.restore)
@@ -172,7 +172,7 @@ class adapt:
                 )
             for (path, layer), blender in zip(layers.items(), self._blenders, strict=True):
                 detail = f"{blender.samples} samples, the source worth {prior:g}"
-                self._told.add(path, type(layer).__name__, "adapted", detail, tool="adapt")
+                self._told.add(path, type(layer).__name__, "adapted", detail)
             write_record(model, self._told)
 
     def restore(self) -> None:

@@ -150,7 +150,7 @@ def calibrate(
     check_forward(forward, "calibrate")
     if not any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in model.modules()):
         check_runs(model, "calibrate", forward)
-    told = Record()
+    told = Record(tool="calibrate")
     undo, measured = Undo(), Undo(always=True)
     shards: Shards | None = None
     with undo, undo:
@@ -223,7 +223,7 @@ def _meters(
         elif layer in frozen:
             reason = "in eval mode inside a module in training mode: frozen"
         if reason:
-            told.leave(path, type(layer).__name__, reason, tool="calibrate")
+            told.leave(path, type(layer).__name__, reason)
         else:
             meters[layer] = Meter(layer, _holder(layer, begun, undo), path, estimator, momentum)
     return meters, begun

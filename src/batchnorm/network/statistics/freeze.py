@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -111,7 +112,7 @@ def _hold(
     model: nn.Module, tool: str, statistics: bool, affine: bool, where: Where, inplace: bool
 ) -> nn.Module:
     model, frozen = target(model, tool, inplace), tool == "freeze"
-    layers, undo, told = _layers(model, tool, where), Undo(), Record()
+    layers, undo, told = _layers(model, tool, where), Undo(), Record(tool=tool)
     if frozen and statistics:
         for path, layer in layers.items():
             if layer.running_mean is None:
@@ -131,18 +132,16 @@ def _hold(
                 layer.frozen_statistics = frozen
             if affine and layer.frozen_affine is not frozen:
                 layer.freeze_affine(frozen)
-            told.add(path, type(layer).__name__, "frozen" if frozen else "thawed", what, tool=tool)
+            told.add(path, type(layer).__name__, "frozen" if frozen else "thawed", what)
         return write_record(model, told) if what else model
 
 
 def _layers(model: nn.Module, verb: str, where: Where) -> dict[str, Layer]:
     chosen = chooser(where, verb)
-    layers = {p: m for p, m in unwrapped(model).named_modules() if isinstance(m, Layer) and chosen(p, m)}
-    strangers = [
-        path
-        for path, module in unwrapped(model).named_modules()
-        if isinstance(module, _BatchNorm) and not isinstance(module, Layer) and chosen(path, module)
-    ]
+    layers: dict[str, Any] = {
+        p: m for p, m in unwrapped(model).named_modules() if isinstance(m, _BatchNorm) and chosen(p, m)
+    }
+    strangers = [path for path, layer in layers.items() if not isinstance(layer, Layer)]
     if strangers:
         raise ArgumentError(
             f"{verb}: {len(strangers)} batch norms are torch.nn's own.",

@@ -191,7 +191,7 @@ class Meter:
         return written if counter is None else [*written, (counter, torch.tensor(self.calls))]
 
     def _leave(self, told: Record, reason: str) -> list[tuple[Tensor, Tensor]]:
-        told.leave(self.path, type(self.layer).__name__, reason, tool="calibrate")
+        told.leave(self.path, type(self.layer).__name__, reason)
         return []
 
     def _detail(self, shift: float, ratio: float) -> str:

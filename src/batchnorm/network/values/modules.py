@@ -23,9 +23,6 @@ OTHER_NORMS = (
 )
 
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -108,7 +105,7 @@ def is_norm(module: nn.Module) -> bool:
     return name.endswith("Norm") and not module._modules
 
 
-def is_leaf(module: nn.Module) -> bool:
+def is_step(module: nn.Module) -> bool:
     """Whether a call of this module is one step of the flow, not looked into.
 
     Parameters
@@ -119,15 +116,11 @@ def is_leaf(module: nn.Module) -> bool:
     Returns
     -------
     bool
-        True for layers, batch norms, and the childless modules of ``torch.nn``.
+        True for layers, norms, and the childless modules of ``torch.nn``.
     """
-    # of an attention only the outside matters: no norm is in it, and its layers are read by name
-    if is_layer(module) or is_batch_norm(module) or isinstance(module, (*OTHER_NORMS, nn.MultiheadAttention)):
+    if is_layer(module) or is_norm(module):
         return True
-    home = type(module).__module__
-    if isinstance(module, _CONTAINERS):
-        return False
-    return home.startswith(("torch.nn.modules", "torch.ao.")) and not module._modules
+    return not module._modules and type(module).__module__.startswith("torch.nn.modules")
 
 
 def has_hooks(module: nn.Module) -> bool:

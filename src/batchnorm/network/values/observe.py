@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from batchnorm.network.compare import tensors_in
 from batchnorm.network.inputs import each_tensor, own
 from batchnorm.network.undo import Undo, hook_around, keep_modules, keep_values, set_modes, stop_gradients
-from batchnorm.network.values.modules import has_hooks, is_layer, is_norm
+from batchnorm.network.values.modules import has_hooks, is_step
 from batchnorm.network.values.values import Call, Value, View, write_down
 
 _MOST_WAYS = 16
@@ -41,13 +41,6 @@ _NORMS = frozenset(
 )
 
 Run = Callable[[nn.Module, Any], Any]
-
-
-def _is_step(module: nn.Module) -> bool:
-    """One step of the flow: its inside is not looked at."""
-    if is_layer(module) or is_norm(module):
-        return True
-    return not module._modules and type(module).__module__.startswith("torch.nn.modules")
 
 
 class _Ways:
@@ -176,7 +169,7 @@ class _Watch(TorchDispatchMode):
         if threading.get_ident() != self.thread:
             return
         self.stack.append(module)
-        if self.step is None and _is_step(module):
+        if self.step is None and is_step(module):
             self.step = module
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
