@@ -11,9 +11,10 @@ import torch
 
 from batchnorm.errors import ArgumentError, DataError, VerificationError
 from batchnorm_lab.bench import bar, markdown, measure, results, session, shapes
-from batchnorm_lab.bench.contenders import CONTENDERS, Unsupported, make, make_operands
+from batchnorm_lab.bench.contenders import CONTENDERS, Unsupported, make
 from batchnorm_lab.bench.latency import small_cases, time_small
 from batchnorm_lab.bench.measure import Outcome, Sample, time_case
+from batchnorm_lab.bench.operands import make_operands
 from batchnorm_lab.bench.shapes import Case
 from batchnorm_lab.bench.worker import Order, serve
 

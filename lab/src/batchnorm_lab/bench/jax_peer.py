@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
-from batchnorm_lab.bench.contenders import EPS, MOMENTUM, Operands
+from batchnorm_lab.bench.operands import EPS, MOMENTUM, Operands
 from batchnorm_lab.bench.shapes import Case
 
 SETTLE_SECONDS = 0.003

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import VerificationError
-from batchnorm_lab.bench.contenders import Contender, Operands, Unsupported, make, make_operands
+from batchnorm_lab.bench.contenders import Contender, Unsupported, make
+from batchnorm_lab.bench.operands import Operands, make_operands
 from batchnorm_lab.bench.shapes import Case
 
 SHORTEST_SECONDS = 1e-3

@@ -407,3 +407,30 @@ def fingerprint(data: ImageData) -> str:
         digest.update(str(tuple(part.shape)).encode())
         digest.update(part.contiguous().numpy().tobytes())
     return f"{len(data.train_labels)}+{len(data.test_labels)}:{digest.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of one study.
+
+    Attributes
+    ----------
+    study : Study
+        Which.
+    level : str
+        "quick", "default" or "full".
+    records : list of dict
+        One a run.
+    answer : Answer
+        Computed from the records.
+    records_path, svg, png : path
+        Where they are.
+    """
+
+    study: Study
+    level: str
+    records: list[Record]
+    answer: Answer
+    records_path: Path
+    svg: Path
+    png: Path

@@ -7,14 +7,11 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchnorm.cli.outputs import write_text
 from batchnorm_lab.mission import explain
-
-if TYPE_CHECKING:
-    from batchnorm_lab.studies.contract import Answer
-    from batchnorm_lab.studies.runner import Outcome
+from batchnorm_lab.studies.contract import Answer, Outcome
 
 __all__ = ["remarks", "write_html", "write_markdown"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from batchnorm.cli.outputs import check_file, check_folder
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm_lab.data import ImageData, load
 from batchnorm_lab.studies import figures, page
-from batchnorm_lab.studies.contract import Answer, Record, Study
+from batchnorm_lab.studies.contract import Outcome, Record, Study
 from batchnorm_lab.studies.records import RecordFile
 from batchnorm_lab.studies.registry import choose
 
@@ -31,33 +30,6 @@ __all__ = ["Outcome", "outcome_of_folder", "run_studies"]
 
 # Test images that are looked at; accuracies of larger data sets are known well enough from so many.
 TEST_IMAGES: dict[str, int | None] = {"quick": 600, "default": 2000, "full": None}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came out of one study.
-
-    Attributes
-    ----------
-    study : Study
-        Which.
-    level : str
-        "quick", "default" or "full".
-    records : list of dict
-        One a run.
-    answer : Answer
-        Computed from the records.
-    records_path, svg, png : path
-        Where they are.
-    """
-
-    study: Study
-    level: str
-    records: list[Record]
-    answer: Answer
-    records_path: Path
-    svg: Path
-    png: Path
 
 
 def run_studies(
