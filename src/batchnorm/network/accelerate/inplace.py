@@ -39,7 +39,8 @@ def accelerate(
         Any network, in any mode. Its call is replaced, nothing else of it is.
     example : Tensor, tuple, dict, or None
         An input, as for `fold`. With it, copies of the network and of the accelerated one are run in both modes,
-        and outputs, gradients and statistics compared, before the model is handed back; and what was compiled for the copies in its mode serves it from the first call on.
+        and outputs, gradients and statistics compared, before the model is handed back; and what was compiled for
+        the copies in its mode serves it from the first call on.
     both_modes : bool, default False
         With an example: compile ahead for training and for eval, rather than for the model's own mode alone.
     forward : callable, optional
