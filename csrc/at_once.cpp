@@ -82,6 +82,21 @@ bool read_activation(nb::handle name, Activation &out) {
     return code;
 }
 
+// a positive number, or not a number of the plainest kind
+bool positive(nb::handle eps) { return PyFloat_CheckExact(eps.ptr()) && PyFloat_AS_DOUBLE(eps.ptr()) > 0; }
+
+// `t`: population.Tracking, a tuple
+bool in_range(nb::handle t) {
+    const nb::handle momentum = PyTuple_GET_ITEM(t.ptr(), 3), correction = PyTuple_GET_ITEM(t.ptr(), 4);
+    if (!PyLong_CheckExact(correction.ptr())) return false;
+    const long divisor = PyLong_AsLong(correction.ptr());
+    if (divisor != 0 && divisor != 1) return PyErr_Clear(), false;
+    if (momentum.is_none()) return true;
+    if (!PyFloat_CheckExact(momentum.ptr())) return false;
+    const double w = PyFloat_AS_DOUBLE(momentum.ptr());
+    return w >= 0 && w <= 1;
+}
+
 bool plain(nb::handle z, Handles tensors) {
     return framework.tensor && reinterpret_cast<PyObject *>(Py_TYPE(z.ptr())) == framework.tensor && !watched() && !negative(tensors);
 }
@@ -90,7 +105,8 @@ nb::object train_at_once(nb::handle z, nb::handle gamma, nb::handle beta, nb::ha
                          nb::object eps, nb::handle activation, nb::handle tracking) {
     Activation code;
     if (!plain(z, {z, gamma, beta, residual}) || !read_activation(activation, code)) return nb::none();
-    if (!tracking.is_none() && negative({tracking[0], tracking[1]})) return nb::none();
+    if (!positive(eps)) return nb::none();
+    if (!tracking.is_none() && (!in_range(tracking) || negative({tracking[0], tracking[1]}))) return nb::none();
     Arguments a(z, nb::cast<int>(axis));
     if (a.declined() || a.at.values < 2) return nb::none();
     return with_accumulator(a.at.shape.dtype, [&](auto zero) -> nb::object {
@@ -102,7 +118,7 @@ nb::object train_at_once(nb::handle z, nb::handle gamma, nb::handle beta, nb::ha
         p.gamma = a.values<A>(gamma);
         p.beta = a.values<A>(beta);
         p.residual = a.packed(residual);
-        p.eps = nb::cast<double>(eps);
+        p.eps = PyFloat_AS_DOUBLE(eps.ptr());
         // what runs again was counted the first time
         if (!tracking.is_none() && as_ever(framework.no_backward)) read(a, tracking, p.tracking);
         if (a.declined()) return nb::none();
@@ -177,10 +193,10 @@ nb::object backward_at_once(nb::handle dy, nb::handle z, nb::handle gamma, nb::h
 }
 
 nb::object infer_at_once(nb::handle z, nb::handle mean, nb::handle var, nb::handle gamma, nb::handle beta,
-                         nb::handle residual, int axis, double eps, nb::handle activation) {
+                         nb::handle residual, int axis, nb::handle eps, nb::handle activation) {
     Activation code;
     if (!plain(z, {z, gamma, beta, residual, mean, var}) || !read_activation(activation, code)) return nb::none();
-    if (gradient_asked({z, gamma, beta, residual})) return nb::none();
+    if (!positive(eps) || gradient_asked({z, gamma, beta, residual})) return nb::none();
     Arguments a(z, axis);
     if (a.declined()) return nb::none();
     return with_accumulator(a.at.shape.dtype, [&](auto zero) -> nb::object {
@@ -197,7 +213,7 @@ nb::object infer_at_once(nb::handle z, nb::handle mean, nb::handle var, nb::hand
         p.residual = a.packed(residual);
         if (a.declined()) return nb::none();
         p.inv_std = a.own<A>(p.shape.c);
-        table<A>(p.shape.dtype).inverse_deviations(spread, eps, static_cast<size_t>(p.shape.c), p.inv_std);
+        table<A>(p.shape.dtype).inverse_deviations(spread, PyFloat_AS_DOUBLE(eps.ptr()), static_cast<size_t>(p.shape.c), p.inv_std);
         const nb::object y = a.output(p.y);
         p.threads = team::threads();
         without_lock(a.at, [&] { forward(p); });
@@ -220,14 +236,14 @@ void bind_at_once(nb::module_ &m) {
         framework.activations = activations.release().ptr();
     }, "tensor"_a, "questions"_a, "variables"_a, "no_backward"_a, "grad_enabled"_a, "node"_a, "engine"_a, "activations"_a,
           "What the two calls below ask and use; once, before the first of them.");
-    m.def("train_at_once", &train_at_once, "z"_a.none(), "gamma"_a.none(), "beta"_a.none(), "residual"_a.none(), "axis"_a, "eps"_a,
+    m.def("train_at_once", &train_at_once, "z"_a.none(), "gamma"_a.none(), "beta"_a.none(), "residual"_a.none(), "axis"_a, "eps"_a.none(),
           "activation"_a.none(), "tracking"_a.none(),
           "y of a training step, with its backward where a gradient is asked for; or None: declined.");
     m.def("backward_at_once", &backward_at_once, "dy"_a, "z"_a, "gamma"_a.none(), "beta"_a.none(), "moments"_a,
           "saved"_a.none(), "axis"_a, "activation"_a.none(), "added"_a, "needs"_a,
           "The gradients of a training step, as many as there are needs; or None: declined.");
     m.def("infer_at_once", &infer_at_once, "z"_a.none(), "mean"_a, "var"_a, "gamma"_a.none(), "beta"_a.none(), "residual"_a.none(),
-          "axis"_a, "eps"_a, "activation"_a.none(),
+          "axis"_a, "eps"_a.none(), "activation"_a.none(),
           "y of inference where no gradient is asked for; or None: declined.");
 }
 

@@ -151,6 +151,30 @@ def batch_norm(
     """
     if training and momentum is None:
         raise validation.no_momentum()
+    compiling = is_compiling()
+    if (
+        on_nonfinite == "skip"
+        and on_single_value == "error"
+        and masked_output == "zero"
+        and channel_dim == 1
+        and virtual_batch_size is None
+        and mask is None
+        and not inplace
+        and not compiling
+        and running_mean is not None
+        and running_var is not None
+        and select.forced is None
+    ):
+        # the common call: the core looks at eps, momentum and activation too, and declines what may be wrong
+        if training:
+            fields = running_mean, running_var, None, momentum, running_var_correction, True
+            y = cpu.train_at_once(input, weight, bias, residual, 1, eps, activation, fields)
+        else:
+            y = cpu.infer_at_once(
+                input, running_mean, running_var, weight, bias, residual, 1, eps, activation
+            )
+        if y is not None:
+            return y
     given = (
         training,
         # inference has no use for momentum, and torch's callers pass what they like
@@ -164,29 +188,11 @@ def batch_norm(
         masked_output,
         running_var_correction,
     )
-    compiling = is_compiling()
     try:
         # remembered, for the same few settings come at every call, and to check them costs what a small batch does
         options = _checked(*given) if compiling else _remembered(*given)
     except TypeError:  # a value that cannot be hashed is a wrong one, and the check says why
         options = _checked(*given)
-    fields, plain = None, not compiling and mask is None and channel_dim == 1 and select.forced is None
-    if not training:
-        if plain and not inplace and running_mean is not None and running_var is not None:
-            rest = weight, bias, residual, 1, eps, activation
-            y = cpu.infer_at_once(input, running_mean, running_var, *rest)
-            if y is not None:
-                return y
-    else:
-        if running_mean is not None and running_var is not None:
-            skip = on_nonfinite == "skip"
-            fields = running_mean, running_var, None, momentum, running_var_correction, skip
-        else:
-            validation.check_both_or_neither(running_mean, running_var)
-        if plain and not inplace and virtual_batch_size is None and on_nonfinite != "raise":
-            y = cpu.train_at_once(input, weight, bias, residual, 1, eps, activation, fields)
-            if y is not None:
-                return y
     if isinstance(input, torch.fx.Proxy):
         if mask is not None or virtual_batch_size is not None or (training and not running_var_correction):
             raise validation.no_symbol()
@@ -202,7 +208,12 @@ def batch_norm(
         )
     if inplace:
         raise validation.inplace_in_training()
-    tracking = None if fields is None else Tracking(*fields)
+    tracking = None
+    if running_mean is not None and running_var is not None:
+        skip = on_nonfinite == "skip"
+        tracking = Tracking(running_mean, running_var, None, momentum, running_var_correction, skip)
+    else:
+        validation.check_both_or_neither(running_mean, running_var)
     return train(input, weight, bias, residual, mask, masked_output, tracking, tracking, options)
 
 

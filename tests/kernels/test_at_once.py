@@ -168,6 +168,22 @@ def test_what_needs_a_look_is_declined(given):
     assert call(**given) == (None, None)
 
 
+@pytest.mark.parametrize("eps", [0.0, -1e-5, float("nan"), "a", None, 1, True])
+def test_an_eps_that_must_be_looked_at_is_declined(eps):
+    z, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+    assert cpu.train_at_once(z, None, None, None, 1, eps, None, None) is None
+    assert cpu.infer_at_once(z, mean, var, None, None, None, 1, eps, None) is None
+
+
+@pytest.mark.parametrize(
+    ("momentum", "correction"), [(1.5, 1), (-0.1, 1), (float("nan"), 1), ("a", 1), (0.1, 2), (0.1, None)]
+)
+def test_settings_out_of_range_are_declined(momentum, correction):
+    tracking = Tracking(torch.zeros(3), torch.ones(3), None, momentum, correction)
+    assert cpu.train_at_once(torch.randn(4, 3), None, None, None, 1, 1e-5, None, tracking) is None
+    assert torch.equal(tracking.running_mean, torch.zeros(3))
+
+
 def test_the_sign_that_memory_does_not_hold_is_seen():
     z = torch.randn(8, 3)
     statistics = torch._neg_view(torch.ones(3)), torch.ones(3)
