@@ -72,6 +72,23 @@ def test_a_peer_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
     assert "wrong" in row["missing"]["eager"]
 
 
+def test_a_peer_that_fails_costs_its_own_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FaultError(Exception):
+        """As Dynamo's, which are no RuntimeError; and without a word."""
+
+    make = peers.make
+
+    def broken(name: str, *rest: Any) -> Any:
+        if name == "compile":
+            raise FaultError
+        return make(name, *rest)
+
+    monkeypatch.setattr(peers, "make", broken)
+    row = run.measure(_few(True, True)[0], Processor(), 1, True)
+    assert {"eager", "torch", "copy"} <= set(row["readings"])
+    assert row["missing"]["compile"] == "FaultError: "
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_command_says_so(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="no CUDA or ROCm device"):

@@ -62,6 +62,7 @@ def provenance(device: Device) -> dict[str, Any]:
 
 def _alone(row: dict[str, Any], body: Any) -> dict[str, Any]:
     """Run one row's body; whatever it raises is the row's result."""
+    torch.compiler.reset()  # of one function only so many shapes are compiled, and every row has another
     try:
         return {**row, **body()}
     except torch.OutOfMemoryError as error:
