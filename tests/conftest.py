@@ -38,6 +38,8 @@ EXEMPT = {
     "test_every_path_rounds_once_at_the_end[{'residual': True}-torch.bfloat16]": _ROUNDS,
     "test_the_blocks_of_a_page_run_in_order[docs/why.md]": _DIGITS,
     "test_every_path_rounds_once_at_the_end[{'residual': True}-torch.float16]": _ROUNDS,
+    "test_half_parameters_give_what_their_values_give_in_float32": _ROUNDS,
+    "test_eval_with_a_residual_gives_the_same_bits_with_and_without_a_gradient[dtype0-relu]": _ROUNDS,
     "test_options_compose[5]": _ROUNDS,
     "test_options_compose[33]": _ROUNDS,
 }
@@ -47,5 +49,7 @@ EXEMPT = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("BATCHNORM_ENGINE") == "torch":
         for item in items:
-            if item.name in EXEMPT:
-                item.add_marker(pytest.mark.skip(reason=EXEMPT[item.name]))
+            name = getattr(item, "originalname", item.name)
+            reason = EXEMPT.get(item.name) or EXEMPT.get(name)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
