@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from batchnorm import synchronize
+from batchnorm.errors import BatchNormError
 from batchnorm.modules import BatchNorm1d
 from batchnorm_lab.data import ImageData
 from batchnorm_lab.studies.contract import (
@@ -24,6 +26,7 @@ from batchnorm_lab.studies.contract import (
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import figure, legend_below, line
 from batchnorm_lab.studies.intervals import mean_interval, paired_difference, verdict
+from batchnorm_lab.studies.ranks import on_ranks
 from batchnorm_lab.studies.records import select, values
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, train
 
@@ -36,7 +39,7 @@ ARMS = {
     "batch": "batch norm, 1 worker",
     "group": f"group norm, 1 worker ({GROUPS} groups)",
     "ghost": f"batch norm, {WORKERS} workers, each its own (ghost)",
-    "pooled": f"batch norm, {WORKERS} workers, pooled",
+    "pooled": f"batch norm, {WORKERS} workers, pooled (real ranks)",
 }
 
 
@@ -89,6 +92,7 @@ def units(config: Config) -> list[Unit]:
                     "epochs": config.epochs,
                     "least_steps": config.least_steps,
                     "width": config.width,
+                    **({"ranks": WORKERS} if arm == "pooled" else {}),
                 }
                 for rate in config.rates
                 for seed in range(config.seeds)
@@ -102,9 +106,8 @@ def units(config: Config) -> list[Unit]:
 def normalizer(arm: str, batch: int, runs: int) -> Callable[[int], nn.Module]:
     """Return what makes the normalization layers of an arm.
 
-    Pooling over workers computes what one worker with all their samples would: that is what is run here,
-    and what the tests of synchronization hold it to. Workers that do not pool are parts of a batch that
-    are normalized each by itself.
+    Workers that do not pool are parts of a batch that are normalized each by itself: one process computes
+    exactly that. Workers that pool are as many processes.
 
     Parameters
     ----------
@@ -135,7 +138,36 @@ def normalizer(arm: str, batch: int, runs: int) -> Callable[[int], nn.Module]:
 
 def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Result]:
     """Train, and return the test accuracy with population statistics."""
-    first = unit[0]
+    if unit[0]["arm"] != "pooled":
+        return learn(advance, unit, data)
+    results: list[list[Result]] = on_ranks(learn, WORKERS, unit, data, advance=advance)
+    if any(result != results[0] for result in results):
+        raise BatchNormError(
+            "small-batches: the ranks ended with different networks.",
+            why="pooled statistics and summed gradients are the same on every rank.",
+            mend="this is a fault of pooling; please report it.",
+        )
+    return results[0]
+
+
+def learn(advance: Advance, unit: list[Setting], data: ImageData) -> list[Result]:
+    """Train in this process, which under the arm "pooled" is one rank of several.
+
+    Parameters
+    ----------
+    advance : callable
+        Called with the share that is done.
+    unit : list of dict
+        Settings of the same arm.
+    data : ImageData
+        What to learn from.
+
+    Returns
+    -------
+    list of dict
+        One a setting.
+    """
+    first, pooled = unit[0], unit[0]["arm"] == "pooled"
     total = first["batch"] * workers(first["arm"])
     networks = MLPEnsemble(
         (data.train_images[0].numel(), first["width"], first["width"], len(data.classes)),
@@ -145,9 +177,11 @@ def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Resu
         places={"before"},
         normalizer=normalizer(first["arm"], first["batch"], len(unit)),
     )
+    if pooled:
+        synchronize(networks, "own")
     steps = max(first["epochs"] * len(data.train_labels) // total, first["least_steps"])
     optimizer = EnsembleOptimizer(networks, [setting["rate"] for setting in unit])
-    train(networks, optimizer, data, steps=steps, batch=total, advance=advance)
+    train(networks, optimizer, data, steps=steps, batch=total, advance=advance, over_ranks=pooled)
     networks.eval()
     return [
         {"accuracy": round(a, 4)} for a in accuracy(networks, data.test_images, data.test_labels).tolist()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -123,6 +124,7 @@ def train(
     every: int = 0,
     observe: Callable[[int], None] | None = None,
     advance: Callable[[float], None] | None = None,
+    over_ranks: bool = False,
 ) -> None:
     """Train an ensemble on the cross-entropy of its mini-batches.
 
@@ -144,8 +146,13 @@ def train(
         What to look at; the networks are put in training mode again after it.
     advance : callable or None
         Called with the share that is done.
+    over_ranks : bool, default False
+        Each rank of a job of `torch.distributed` has an equal part of every mini-batch, and gradients are those
+        of all; the networks of all ranks begin alike, and stay so.
     """
     source = mini_batches(len(data.train_labels), batch, networks.seeds)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if over_ranks else (0, 1)
+    part = slice(rank * batch // ranks, (rank + 1) * batch // ranks)
     networks.train()
     for step in range(steps + 1):
         if observe is not None and every and step % every == 0:
@@ -153,13 +160,24 @@ def train(
             networks.train()
         if step == steps:
             break
-        index = next(source)
+        index = next(source)[:, part]
         logits = networks(networks.images(data.train_images[index]))
         loss = F.cross_entropy(logits.flatten(0, 1), data.train_labels[index].flatten(), reduction="sum")
         (loss / batch).backward()
+        if over_ranks:
+            _add_over_ranks(networks)
         optimizer.step()
         if advance is not None and step % 10 == 0:
             advance(step / steps)
+
+
+def _add_over_ranks(networks: Ensemble) -> None:
+    """Give every rank the sum of all ranks' gradients, in one message."""
+    gradients = [p.grad for p in networks.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
 
 
 @contextmanager
