@@ -199,6 +199,7 @@ def test_an_exported_layer_cannot_be_told_from_torchs(training, options):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # torchao exports every pattern that it looks for, minutes each time
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_pt2e_quantization_aware_training_gives_torchs_numbers(activation):
     pytest.importorskip("torchao")
