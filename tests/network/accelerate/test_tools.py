@@ -128,6 +128,9 @@ def test_an_outer_compiler_decides(training):
     torch.testing.assert_close(torch.compile(model, backend=outer, fullgraph=True)(x), plain(x))
     assert len(graphs) == 1
     assert sum("batch_norm" in name for name in graphs[0]) == 5
+    # the very graph that it is given of the plain model, so it makes the very same program of it
+    torch.compile(plain, backend=outer, fullgraph=True)(x)
+    assert graphs[0] == graphs[1]
     assert len(model._compiled_call_impl.compiled.graphs) == before
 
 
@@ -279,3 +282,120 @@ def test_nothing_of_the_process_is_patched():
     model(x)
     assert dict(vars(nn.Module)) == before
     assert networks.torch.is_tensor(x)
+
+
+# -- tools of other libraries that look at classes, or put hooks on ------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_of_exported_programs():
+    pytest.importorskip("torchao")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    def quantized(model):
+        x = image().float()
+        quantizer = X86InductorQuantizer().set_global(
+            get_default_x86_inductor_quantization_config(is_qat=True)
+        )
+        torch.manual_seed(0)
+        prepared = prepare_qat_pt2e(torch.export.export(model.train(), (x,)).module(), quantizer)
+        for seed in range(2):
+            prepared(image(seed).float()).sum().backward()
+        return convert_pt2e(prepared)(x)
+
+    plain = prepared(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).float()
+    model = accelerate(copy.deepcopy(plain))
+    model(image().float())
+    torch.testing.assert_close(quantized(model), quantized(plain))
+
+
+def test_pruning_and_parametrization_of_an_accelerated_model():
+    from torch.nn.utils import parametrizations, prune
+
+    model, plain, x = called()
+    for network in (model, plain):
+        torch.manual_seed(0)
+        prune.l1_unstructured(network.conv, "weight", 0.5)
+        prune.random_unstructured(network.bn, "weight", 1)
+    assert_same(model, plain)
+    for network in (model, plain):
+        prune.remove(network.conv, "weight")
+        torch.manual_seed(0)
+        parametrizations.spectral_norm(network.conv)
+        network.eval()
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
+def test_attribution_by_hooks():
+    attribution = pytest.importorskip("captum.attr")
+    plain = prepared(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+        )
+    ).eval()
+    model = accelerate(copy.deepcopy(plain))
+    model(image())
+    for method in (attribution.DeepLift, attribution.GuidedBackprop, attribution.Saliency):
+        given = method(model).attribute(image(), target=1)
+        torch.testing.assert_close(given, method(plain).attribute(image(), target=1), rtol=1e-9, atol=1e-9)
+
+
+def test_private_training_refuses_it_as_it_refuses_the_plain_model():
+    validators = pytest.importorskip("opacus.validators")
+    model, plain, _ = called(training=True)
+    errors = [[type(e) for e in validators.ModuleValidator.validate(m, strict=False)] for m in (model, plain)]
+    assert errors[0] == errors[1] != []
+    fixed = validators.ModuleValidator.fix(model)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fixed.modules())
+
+
+def test_another_entry_point_runs_as_written_and_a_part_can_be_accelerated():
+    class WithEncoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = NETWORKS["functional"][0]()
+
+        def encode(self, x):
+            return self.body(x)
+
+        def forward(self, x):
+            return self.encode(x).mean()
+
+    model, plain = twins(WithEncoder)
+    torch.testing.assert_close(model.encode(image()), plain.encode(image()))
+    assert not together(model)
+    assert "other methods" in record(model).of("accelerated")[0].detail
+    model(image())
+    assert together(model)
+    part = copy.deepcopy(plain)
+    accelerate(part.body)
+    torch.testing.assert_close(part.encode(image()), plain.encode(image()))
+    assert together(part.body)
+
+
+def test_models_of_one_class_with_other_settings_and_sizes_leave_one_another_alone():
+    compiled = []  # kept: each has its own
+    for eps, n in ((1e-5, 2), (1e-3, 3), (1e-2, 5)):
+        model, plain = twins(
+            lambda eps=eps: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps), nn.ReLU())
+        )
+        x = torch.randn(n, 3, 5, 5).double()
+        torch.testing.assert_close(model(x), plain(x))
+        assert together(model)
+        compiled.append(model._compiled_call_impl.compiled)
+    assert [len(c.graphs) for c in compiled] == [1, 1, 1]
+
+
+def test_eps_and_momentum_that_change_stay_called_together():
+    model, plain, x = called(training=True)
+    for value in (1e-4, 1e-3, 1e-2):
+        for network in (model, plain):
+            network.bn.eps, network.bn.momentum = value, 10 * value
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(model.bn.running_var, plain.bn.running_var)
+    assert "bn" in together(model)

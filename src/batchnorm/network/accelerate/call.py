@@ -23,6 +23,17 @@ from batchnorm.population import Tracking
 NATIVE = frozenset({"cpu"})
 """Engines that are faster than torch's own batch norm; elsewhere a graph runs as it was written."""
 
+ALONE, JOINED = 65536, 4096
+"""Values of z up to which torch's own calls are as fast: of a norm alone, and of one that is joined, in training.
+
+What a call costs decides there. Measured with 1 and 2 threads in NCHW and channels_last."""
+
+
+def _torch_is_faster(z: Tensor, training: bool, activation: str | None, residual: Tensor | None) -> bool:
+    if activation is None and residual is None:
+        return z.numel() <= ALONE
+    return training and z.numel() <= JOINED
+
 
 def _written(
     z: Tensor,
@@ -40,20 +51,18 @@ def _written(
     return activate(y if residual is None else y + residual, activation)
 
 
-def torch_training(eps: float, activation: str | None) -> Callable[..., Tensor]:
+def torch_training(activation: str | None) -> Callable[..., Tensor]:
     """Make the call of a norm in training, with what follows it.
 
     Parameters
     ----------
-    eps : float
-        Added to the variance.
     activation : str or None
         One of `batchnorm.kernels.contract.ACTIVATIONS`.
 
     Returns
     -------
     callable
-        Of (z, running_mean, running_var, gamma, beta, momentum, residual).
+        Of (z, running_mean, running_var, gamma, beta, momentum, eps, residual).
     """
 
     def batch_norm_training(
@@ -63,31 +72,33 @@ def torch_training(eps: float, activation: str | None) -> Callable[..., Tensor]:
         gamma: Tensor | None,
         beta: Tensor | None,
         momentum: float,
+        eps: float,
         residual: Tensor | None,
     ) -> Tensor:
-        tracking = None
-        if mean is not None and var is not None:
-            tracking = Tracking(mean, var, momentum=momentum, skip_nonfinite=False)
-        engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
-        if engine.name in NATIVE and not observed(z) and cpu.takes(z, norm, mean, var):
-            return normalize_batch(z, norm, tracking)
+        if not _torch_is_faster(z, True, activation, residual):
+            tracking = None
+            if mean is not None and var is not None:
+                tracking = Tracking(mean, var, momentum=momentum, skip_nonfinite=False)
+            engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
+            if engine.name in NATIVE and not observed(z) and cpu.takes(z, norm, mean, var):
+                return normalize_batch(z, norm, tracking)
         return _written(z, mean, var, gamma, beta, True, momentum, eps, residual, activation)
 
     return batch_norm_training
 
 
-def torch_inference(eps: float, activation: str | None) -> Callable[..., Tensor]:
+def torch_inference(activation: str | None) -> Callable[..., Tensor]:
     """Make the call of a norm in inference, with what follows it.
 
     Parameters
     ----------
-    eps, activation
+    activation : str or None
         As for :func:`torch_training`.
 
     Returns
     -------
     callable
-        Of (z, running_mean, running_var, gamma, beta, residual).
+        Of (z, running_mean, running_var, gamma, beta, eps, residual).
     """
 
     def batch_norm_inference(
@@ -96,11 +107,13 @@ def torch_inference(eps: float, activation: str | None) -> Callable[..., Tensor]
         var: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
+        eps: float,
         residual: Tensor | None,
     ) -> Tensor:
-        engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
-        if engine.name in NATIVE and not observed(z) and cpu.takes(z, norm, mean, var):
-            return normalize_population(z, norm, mean, var)
+        if not _torch_is_faster(z, False, activation, residual):
+            engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
+            if engine.name in NATIVE and not observed(z) and cpu.takes(z, norm, mean, var):
+                return normalize_population(z, norm, mean, var)
         return _written(z, mean, var, gamma, beta, False, 0.0, eps, residual, activation)
 
     return batch_norm_inference

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from torch.jit import ScriptModule
 
-from batchnorm.network.accelerate.running import Accelerated, compiled_for
+from batchnorm.network.accelerate.running import Accelerated, Compiled, compiled_for
 from batchnorm.network.accelerate.told import TOOL
-from batchnorm.network.accelerate.verify import compile_ahead, verify
+from batchnorm.network.accelerate.verify import verify
 from batchnorm.network.inputs import Forward, check_forward, copied
 from batchnorm.network.model import check_model
 from batchnorm.network.record import Record, forget_tool, write_record
@@ -21,7 +21,6 @@ def accelerate(
     model: nn.Module,
     example: Any = None,
     *,
-    both_modes: bool = False,
     forward: Forward = None,
     inplace: bool = True,
 ) -> nn.Module:
@@ -40,9 +39,7 @@ def accelerate(
     example : Tensor, tuple, dict, or None
         An input, as for `fold`. With it, copies of the network and of the accelerated one are run in both modes,
         and outputs, gradients and statistics compared, before the model is handed back; and what was compiled for
-        the copies in its mode serves it from the first call on.
-    both_modes : bool, default False
-        With an example: compile ahead for training and for eval, rather than for the model's own mode alone.
+        the copies serves it from the first call of each mode on.
     forward : callable, optional
         ``forward(model, example)`` calls the network, where ``model(example)`` is not how it takes one.
     inplace : bool, default True
@@ -85,11 +82,11 @@ def accelerate(
         told.leave("", type(model).__name__, reason, tool=TOOL)
         return write_record(model, told)
     restore(model)
+    compiled = compiled_for(model)
     if example is not None:
-        verify(model, example, forward)
-        compile_ahead(model, example, (True, False) if both_modes else (model.training,), forward)
-    object.__setattr__(model, _PLACE, Accelerated(model, compiled_for(model)))
-    told.add("", type(model).__name__, "accelerated", tool=TOOL)
+        verify(model, example, lambda copy: _put(copy, compiled), forward)
+    _put(model, compiled)
+    told.add("", type(model).__name__, "accelerated", "its call; other methods run as written", tool=TOOL)
     return write_record(model, told)
 
 
@@ -134,6 +131,11 @@ def restore(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         if getattr(module, "frozen_statistics", False) or getattr(module, "frozen_affine", False):
             told.leave(path, type(module).__name__, "frozen: unfreeze(model) lets it move", tool="restore")
     return write_record(model, told) if told.rows else model
+
+
+def _put(model: nn.Module, compiled: Compiled) -> nn.Module:
+    object.__setattr__(model, _PLACE, Accelerated(model, compiled))
+    return model
 
 
 def _why_not(model: nn.Module) -> str:

@@ -102,12 +102,12 @@ def _of_torch(node: fx.Node) -> Norm:
 
     def call(name: str | None, residual: fx.Node | None) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         if training:
-            return torch_training(eps, name), (given["input"], *vectors, momentum, residual)
-        return torch_inference(eps, name), (given["input"], *vectors, residual)
+            return torch_training(name), (given["input"], *vectors, momentum, eps, residual)
+        return torch_inference(name), (given["input"], *vectors, eps, residual)
 
     reason = ""
-    if type(training) is not bool or not isinstance(eps, (int, float)):
-        reason = "its arguments are computed"
+    if type(training) is not bool:
+        reason = "its mode is computed"
     elif not training and (mean is None or var is None):
         reason = "it has no running statistics"
     return Norm(given["input"], vectors, (mean, var) if training else (), True, reason, call)

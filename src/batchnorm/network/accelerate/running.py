@@ -7,6 +7,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -93,6 +94,9 @@ def stands_aside() -> bool:
     )
 
 
+_NUMBERS = count(1)
+
+
 class Compiled:
     """The compiled call of all models that look alike, and what its compiler told.
 
@@ -104,6 +108,7 @@ class Compiled:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._code_name = f"accelerated_{name}_{next(_NUMBERS)}"
         self.graphs: list[Graph] = []
         self.recompiled: list[str] = []
         self.seconds = 0.0
@@ -131,15 +136,15 @@ class Compiled:
             return run
 
         setattr(batchnorm, MARK, True)
-        # a code object of their own, for Dynamo counts what it compiles by code, over all models of a process
-        code = _call.__code__.replace(co_name=f"accelerated_{self.name}")
+        # a code of their own: Dynamo counts what it compiles by code object, and keeps by file, line and name which
+        # sizes and settings changed from call to call, over all models of a process
+        code = _call.__code__.replace(co_name=self._code_name)
         call = types.FunctionType(code, _call.__globals__)
         options: dict[str, Any] = {"guard_fail_fn": self._failed}
         if "isolate_recompiles" in inspect.signature(_dynamo.optimize).parameters:  # from torch 2.13 on
             options["isolate_recompiles"] = True
         context: Any = _dynamo.optimize(batchnorm, **options)
-        # by default Dynamo looks at hooks when it compiles, and never again
-        context.enter_exit_hooks.append(_dynamo.config._make_closure_patcher(skip_nnmodule_hook_guards=False))
+        context.callback = _guarding_hooks(context.callback)
         return context(call)
 
     def _failed(self, failure: Any) -> None:
@@ -149,7 +154,7 @@ class Compiled:
     def is_of_whole_call(self, error: Any) -> bool:
         """Whether Dynamo failed on the call as a whole, so that nothing has run, rather than on a part of it."""
         stack: Any = getattr(error, "real_stack", None)
-        return bool(stack) and stack[0].name == f"accelerated_{self.name}"
+        return bool(stack) and stack[0].name == self._code_name
 
     def settle(self, seconds: float) -> None:
         """Take note of what happened in a call that compiled, or would have.
@@ -178,6 +183,21 @@ class Compiled:
                 stacklevel=3,
             )
             self.recompiled.append(f"none any more, for {name} = {value} is reached")
+
+
+def _guarding_hooks(compile_frame: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what is compiled look at hooks at each call; by default Dynamo looks when it compiles, and never again.
+
+    The setting is read when guards are made, so it is changed there, and a call that compiles nothing pays nothing.
+    """
+
+    def compile_guarded(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return compile_frame(*args, **kwargs)
+
+    # by which Dynamo tells what was compiled for whom
+    compile_guarded._torchdynamo_orig_backend = compile_frame  # type: ignore[attr-defined]
+    return compile_guarded
 
 
 def _attempts(failures: list[tuple[types.CodeType, str]]) -> list[tuple[types.CodeType, list[str]]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import VerificationError
-from batchnorm.network.accelerate.running import Accelerated, compiled_for
 from batchnorm.network.compare import tensors_in
 from batchnorm.network.inputs import Forward, copied, each_tensor, own, run
 
@@ -27,7 +27,9 @@ class _Answers(NamedTuple):
     statistics: dict[str, Tensor]
 
 
-def verify(model: nn.Module, example: Any, forward: Forward = None) -> None:
+def verify(
+    model: nn.Module, example: Any, accelerated: Callable[[nn.Module], nn.Module], forward: Forward = None
+) -> None:
     """Compare copies of a network, plain and accelerated, in both modes.
 
     Where they are not equal, the plain network in float64 is the arbiter: the accelerated one may be as far from it
@@ -40,6 +42,10 @@ def verify(model: nn.Module, example: Any, forward: Forward = None) -> None:
         Not changed.
     example : Tensor, tuple or dict
         An input.
+    accelerated : callable
+        Of a copy, gives it accelerated.
+    forward : callable, optional
+        How the network is called.
 
     Raises
     ------
@@ -47,8 +53,8 @@ def verify(model: nn.Module, example: Any, forward: Forward = None) -> None:
         They differ.
     """
     for training in (True, False):
-        plain = _answers(_plain_copy(model), example, training, forward)
-        ours = _answers(_fast_copy(model), example, training, forward)
+        plain = _answers(copied(model), example, training, forward)
+        ours = _answers(accelerated(copied(model)), example, training, forward)
         arbiter = None
         for kind in _Answers._fields:
             wanted, given = getattr(plain, kind), getattr(ours, kind)
@@ -68,32 +74,6 @@ def verify(model: nn.Module, example: Any, forward: Forward = None) -> None:
                 why = _too_far(got, expected, exact, scale)
                 if why:
                     raise _differ(f"{kind} of {name}", training, why)
-
-
-def compile_ahead(model: nn.Module, example: Any, modes: tuple[bool, ...], forward: Forward = None) -> None:
-    """Compile for a network, by running copies of it that look alike.
-
-    Parameters
-    ----------
-    model : Module
-        Not changed; what is compiled is its own from now on.
-    example : Tensor, tuple or dict
-        An input.
-    modes : tuple of bool
-        Training or not.
-    """
-    for training in modes:
-        _answers(_fast_copy(model), example, training, forward)
-
-
-def _plain_copy(model: nn.Module) -> nn.Module:
-    return copied(model)
-
-
-def _fast_copy(model: nn.Module) -> nn.Module:
-    twin = copied(model)
-    object.__setattr__(twin, "_compiled_call_impl", Accelerated(twin, compiled_for(model)))
-    return twin
 
 
 def _exact(model: nn.Module, example: Any, training: bool, forward: Forward) -> _Answers | None:
@@ -127,7 +107,7 @@ def _answers(model: nn.Module, example: Any, training: bool, forward: Forward) -
     )
 
 
-def _largest(tensors: Any) -> float:
+def _largest(tensors: Iterable[Tensor]) -> float:
     return max(
         (float(t.detach().double().abs().nan_to_num(0, 0, 0).max()) for t in tensors if t.numel()),
         default=0.0,
