@@ -23,7 +23,7 @@ from batchnorm.population import Tracking
 NATIVE = frozenset({"cpu"})
 """Engines that are faster than torch's own batch norm; elsewhere a graph runs as it was written."""
 
-ALONE, JOINED = 65536, 4096
+ALONE, JOINED = 65536, 8192
 """Values of z up to which torch's own calls are as fast: of a norm alone, and of one that is joined, in training.
 
 What a call costs decides there. Measured with 1 and 2 threads in NCHW and channels_last."""
