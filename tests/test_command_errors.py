@@ -217,7 +217,7 @@ def test_onnx_is_written_as_onnx(folder):
 
 
 def test_onnx_without_its_packages_is_refused_before_the_work(folder, monkeypatch):
-    from batchnorm.network import saved
+    from batchnorm.files import saved
 
     monkeypatch.setattr(saved.importlib.util, "find_spec", lambda name: None)
     shown = invoke("fold", "module_that_is_not_there:net", "out.onnx")
