@@ -350,8 +350,8 @@ def normalize_batch(
     if not _recorded(z, norm):
         return _run(engine, z, norm, tracking, mask, fallback, between, False)[0].y
     with torch.no_grad():
-        kept, count = _run(engine, z, norm, tracking, mask, fallback, between, True)
-    return _node(engine, z, norm, kept, count, False, between)
+        kept, entered = _run(engine, z, norm, tracking, mask, fallback, between, True)
+    return _node(engine, z, norm, kept, entered, False, between)
 
 
 def normalize_population(

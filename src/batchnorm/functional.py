@@ -285,10 +285,10 @@ def infer(
         raise validation.no_dense_layout(z)
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
     if mask is None and not inplace and select.forced is None and not is_compiling():
-        rest = gamma, beta, residual, axis, options.eps, options.activation
-        y = cpu.infer_at_once(z, running_mean, running_var, *rest)
-        if y is not None:
-            return y
+        with_norm = gamma, beta, residual, axis, options.eps, options.activation
+        done = cpu.infer_at_once(z, running_mean, running_var, *with_norm)
+        if done is not None:
+            return done
     validation.check_tensors(z, axis, (running_mean, running_var, gamma, beta), residual)
     if (
         inplace

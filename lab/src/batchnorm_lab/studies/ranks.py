@@ -50,7 +50,7 @@ def on_ranks(
     BatchNormError
         A rank raised or died; the others are ended.
     """
-    context = multiprocessing.get_context(_METHOD)
+    context: Any = multiprocessing.get_context(_METHOD)
     if _METHOD == "forkserver":
         context.set_forkserver_preload([__name__, function.__module__])
     threads = max(1, (os.cpu_count() or 1) // ranks)
