@@ -1,5 +1,5 @@
 // Activations as functors on packs: value, and gradient dy * activation'(u). The piecewise linear ones can also
-// say on which side of the kink u lies, one bit a lane, and give the gradient from that bit. NaN passes through.
+// say on which side of the kink u lies, one bit a value, and give the gradient from that bit. NaN passes through.
 // Per instruction set, like simd/pack.h.
 #pragma once
 #include "functions.h"
@@ -31,15 +31,15 @@ struct Relu {
     }
     template <class A>
     static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
-        return select(le(u, set1<A>(0)), set1<A>(0), dy);
+        return without(le(u, set1<A>(0)), dy);
     }
-    template <class A>
+    template <class Order, class A>
     static BN_INLINE unsigned side(Pack<A> u) {
-        return ~bits(le(u, set1<A>(0))) & 0xffffu;
+        return ~Order::bits(le(u, set1<A>(0))) & 0xffffu;
     }
-    template <class A>
+    template <class Order, class A>
     static BN_INLINE Pack<A> from_side(unsigned b, Pack<A> dy) {
-        return select(mask_from<A>(b), dy, set1<A>(0));
+        return only(Order::mask(b), dy);
     }
 };
 
@@ -50,11 +50,11 @@ struct Relu6 : Relu {
     }
     template <class A>
     static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
-        return select(le(set1<A>(6), u), set1<A>(0), Relu::gradient(u, dy));
+        return without(le(set1<A>(6), u), Relu::gradient(u, dy));
     }
-    template <class A>
+    template <class Order, class A>
     static BN_INLINE unsigned side(Pack<A> u) {
-        return Relu::side(u) & ~bits(le(set1<A>(6), u));
+        return Relu::side<Order>(u) & ~Order::bits(le(set1<A>(6), u));
     }
 };
 
@@ -69,13 +69,13 @@ struct LeakyRelu {
     static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
         return value_from(lt(set1<A>(0), u), dy);
     }
-    template <class A>
+    template <class Order, class A>
     static BN_INLINE unsigned side(Pack<A> u) {
-        return bits(lt(set1<A>(0), u));
+        return Order::bits(lt(set1<A>(0), u));
     }
-    template <class A>
+    template <class Order, class A>
     static BN_INLINE Pack<A> from_side(unsigned b, Pack<A> dy) {
-        return value_from(mask_from<A>(b), dy);
+        return value_from(Order::mask(b), dy);
     }
 
   private:
@@ -106,7 +106,7 @@ struct Hardswish : Smooth {
     static BN_INLINE Pack<A> gradient(Pack<A> u, Pack<A> dy) {
         const Pack<A> inside = dy * fma(u, set1<A>(static_cast<A>(1.0 / 3)), set1<A>(static_cast<A>(0.5)));
         const Pack<A> right = select(lt(u, set1<A>(3)), inside, dy);
-        return select(le(u, set1<A>(-3)), set1<A>(0), right);
+        return without(le(u, set1<A>(-3)), right);
     }
 };
 

@@ -72,9 +72,8 @@ class BackwardStep {
         const int64_t begin = segment * g.units_per_segment, end = std::min(g.units, begin + g.units_per_segment);
         for (int64_t u = begin; u < end; ++u) {
             if (u + 1 < g.units) touch(g, u + 1, c0, c1);
-            each_kept(g, u, c0, c1, [&](const Block &b, int64_t c) {
-                plane_reduce(b, of_channel(c), sums + (c - c0) * Lanes::width);
-            });
+            Block b = block(g, u, c0, c1);
+            if (keeps(g, u, b)) plane_reduce(b, of_channel(c0), sums);
         }
         for (int64_t c = c0; c < c1; ++c) {
             const Sums s = k.lane_sums(sums + (c - c0) * Lanes::width);
@@ -95,32 +94,26 @@ class BackwardStep {
         b.out = out;
         b.out_residual = out_r;
         b.stream = streams;
-        const Kept kept = p.keep ? p.keep->of(u) : Kept::all;
-        if (kept == Kept::none) {
+        if (!keeps(g, u, b)) {
             zero(out, b.step, c1 - c0, g.length(u) * element);
             return zero(out_r, b.step, c1 - c0, g.length(u) * element);
         }
-        const bool whole = kept == Kept::all;
-        if (whole && run_input && (!streams || (on_vectors(out, 0, 1, element) && on_vectors(out_r, 0, 1, element)))) {
+        if (!b.kept && run_input && (!streams || (on_vectors(out, 0, 1, element) && on_vectors(out_r, 0, 1, element)))) {
             b.lanes = run_lanes.get();
             return run_input(b, of_channel(c0));
         }
-        if (whole &&
-            (!streams || (on_vectors(out, b.step, c1 - c0, element) && on_vectors(out_r, b.step, c1 - c0, element))))
+        if (!streams || (on_vectors(out, b.step, c1 - c0, element) && on_vectors(out_r, b.step, c1 - c0, element)))
             return plane_input(b, of_channel(c0));
         const auto map = [&](int64_t row, int64_t rows, int64_t start, int64_t len, char *to, char *to_r) {
             plane_input(part(b, row, rows, start, len, to, to_r), of_channel(c0 + row));
         };
-        const auto scratch = [&](const auto &write) {
-            if (g.pieces == 1) return through_scratch(write, out, out_r, c1 - c0, g.s, element, map);
-            for (int64_t c = 0; c < c1 - c0; ++c)
-                through_scratch(write, out + c * dz.sc, out_r ? out_r + c * dz.sc : nullptr, 1, g.length(u), element,
-                                [&](int64_t, int64_t, int64_t start, int64_t len, char *to, char *to_r) {
-                                    map(c, 1, start, len, to, to_r);
-                                });
-        };
-        if (whole) return scratch(past_caches(k, element));
-        scratch(kept_only(k, element, streams, [&](int64_t start, int64_t) { return p.keep->plane(n, g.start(u) + start); }));
+        const auto write = past_caches(k, element);
+        if (g.pieces == 1) return through_scratch(write, out, out_r, c1 - c0, g.s, element, map);
+        for (int64_t c = 0; c < c1 - c0; ++c)
+            through_scratch(write, out + c * dz.sc, out_r ? out_r + c * dz.sc : nullptr, 1, g.length(u), element,
+                            [&](int64_t, int64_t, int64_t start, int64_t len, char *to, char *to_r) {
+                                map(c, 1, start, len, to, to_r);
+                            });
     }
 
     // --- columns ---
@@ -140,68 +133,24 @@ class BackwardStep {
 
     void reduce_block(const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, const Coefficients &all,
                       double *sum, double *product) {
-        const auto reduce = [&](const Block &b, int64_t j) {
+        const auto reduce = [&](const int32_t *picks, int64_t count, int64_t j, int64_t len, const uint8_t *bits) {
+            Block b = block(g, row, count, j, len);
+            b.picks = picks;
+            b.kept = bits;
+            b.kept_step = kept_bytes;
             column_reduce(b, shifted(all.c, j), sum + (j - j0), product + (j - j0));
         };
-        if (!p.keep) return reduce(block(g, row, rows, j0, j1 - j0), j0);
-        constexpr int64_t step = columns_together * sizeof(A);
-        alignas(64) char zs[rows_together * step], dys[rows_together * step], rest[rows_together * step];
-        const int64_t bit_step = columns_together / 8, rest_step = bits ? bit_step : step;
-        if (g.repeated()) return reduce_lines(g, row, rows, j1, zs, dys, rest, reduce);
-        over_kept_rows(
-            *p.keep, g, row, row + rows, j0, j1,
-            [&](int64_t r, int64_t count) { reduce(block(g, r, count, j0, j1 - j0), j0); },
-            [&](int64_t r, int64_t j, int64_t count, int64_t slot, const uint8_t *kept) {
-                const Block b = block(g, r, 1, j, count);
-                const size_t bytes = static_cast<size_t>(count * element);
-                const auto copy = [&](char *to, const void *from, const A *fill) {
-                    if (kept)
-                        k.keep_column(to + slot * step, from, kept, static_cast<size_t>(count), fill);
-                    else
-                        memcpy(to + slot * step, from, bytes);
-                };
-                copy(zs, b.z, all.c.mean + j);
-                copy(dys, b.dy, nothing);
-                if (b.saved && !bits) copy(rest, b.saved, nothing);
-                if (b.saved && bits) memcpy(rest + slot * bit_step, b.saved, static_cast<size_t>((count + 15) / 16 * 2));
-            },
-            [&](int64_t slots, int64_t j, int64_t count) {
-                Block b;
-                b.z = zs, b.dy = dys, b.saved = p.saved ? rest : nullptr;
-                b.z_step = b.step = step, b.mask_step = rest_step;
-                b.rows = static_cast<size_t>(slots), b.len = static_cast<size_t>(count);
-                reduce(b, j);
-            });
+        if (!p.keep) return reduce(nullptr, rows, j0, j1 - j0, nullptr);
+        over_kept_rows(*p.keep, g, row, rows, j0, j1, reduce);
     }
 
     void map_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
         if (!p.keep) return map_whole_rows(g, row, rows, len, all);
-        // lines of values, each kept or not: what is computed of the others is overwritten
-        const auto lines = [&](int64_t r, int64_t count) {
-            if (!streams) {
-                map_whole_rows(g, r, count, len, all);
-                p.keep->zero_lines(g, r, 0, (count - 1) * g.cols + len, dz.p + r * g.cols * element, element);
-                if (dr) p.keep->zero_lines(g, r, 0, (count - 1) * g.cols + len, dr.p + r * g.cols * element, element);
-                return;
-            }
-            rows_through_scratch(
-                g, r, count, len, all, [&](char *to, char *from, int64_t first, int64_t some_rows, int64_t start, int64_t some) {
-                    p.keep->zero_lines(g, r + first, start, some_rows * some, from, element);
-                    k.stream(to, from, static_cast<size_t>(some_rows * some * element));
-                });
-        };
-        if (g.s == 1 && mixed(*p.keep, row, rows)) return lines(row, rows);
+        if (g.s == 1 && !g.repeated() && mixed(*p.keep, row, rows)) return map_mixed_rows(g, row, rows, len, all);
         by_kept_rows(
             *p.keep, row, row + rows, [&](int64_t r, int64_t count) { map_whole_rows(g, r, count, len, all); },
             [&](int64_t r, int64_t count) {
-                if (g.s == 1) return lines(r, count);
-                for (const int64_t end = r + count; r < end; ++r) {
-                    uint8_t bits[scratch_bytes / 16 + 16];
-                    rows_through_scratch(g, r, 1, len, all, kept_only(k, element, streams, [&](int64_t start, int64_t some) {
-                                             p.keep->columns(g, r, start, some, bits);
-                                             return bits;
-                                         }));
-                }
+                for (const int64_t end = r + count; r < end; ++r) map_some(g, r, len, all);
             },
             [&](int64_t r, int64_t count) {
                 const int64_t step = g.cols * element;
@@ -211,49 +160,62 @@ class BackwardStep {
     }
 
   private:
+    // what a mask keeps of a unit; false: nothing
+    bool keeps(const Planes &g, int64_t u, Block &b) const {
+        const Kept kept = p.keep ? p.keep->of(u) : Kept::all;
+        if (kept == Kept::some) b.kept = p.keep->plane(u / g.pieces, g.start(u));
+        return kept != Kept::none;
+    }
+
     void map_whole_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
-        const Block b = to_outputs(g, row, rows, len);
+        map_block(to_outputs(g, row, rows, len), all.c);
+    }
+
+    void map_block(const Block &b, const BackwardCoefficients<A> &c) {
+        const int64_t rows = static_cast<int64_t>(b.rows);
         if (!streams || (on_vectors(b.out, b.step, rows, element) && on_vectors(b.out_residual, b.step, rows, element)))
-            return column_input(b, all.c);
-        rows_through_scratch(g, row, rows, len, all, past_caches(k, element));
+            return column_input(b, c);
+        block_through_scratch(b, c, past_caches(k, element));
+    }
+
+    // a row of which a mask keeps some elements
+    void map_some(const Columns &g, int64_t row, int64_t len, const Coefficients &all) {
+        const Block b = to_outputs(g, row, 1, len);
+        const auto at = [&](void *p, int64_t j) { return p ? static_cast<char *>(p) + j * element : nullptr; };
+        for (int64_t j = 0; j < len; j += columns_together) {
+            uint8_t bits[kept_bytes];
+            const int64_t some = std::min(columns_together, len - j);
+            p.keep->row(g, row, j, some, bits);
+            Block piece = part(b, 0, 1, j, some, at(b.out, j), at(b.out_residual, j));
+            piece.kept = bits;
+            piece.stream = streams;
+            map_block(piece, shifted(all.c, j));
+        }
+    }
+
+    // rows that a mask keeps or not, often in turn: what is computed of the others is overwritten
+    void map_mixed_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
+        const int64_t first_element = row * g.cols * element, values = (rows - 1) * g.cols + len;
+        if (!streams) {
+            map_whole_rows(g, row, rows, len, all);
+            p.keep->zero_lines(g, row, 0, values, dz.p + first_element, element);
+            if (dr) p.keep->zero_lines(g, row, 0, values, dr.p + first_element, element);
+            return;
+        }
+        block_through_scratch(to_outputs(g, row, rows, len), all.c,
+                              [&](char *to, char *from, int64_t first, int64_t some_rows, int64_t start, int64_t some) {
+                                  p.keep->zero_lines(g, row + first, start, some_rows * some, from, element);
+                                  k.stream(to, from, static_cast<size_t>(some_rows * some * element));
+                              });
     }
 
     template <class Write>
-    void rows_through_scratch(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all, Write write) {
-        const Block b = to_outputs(g, row, rows, len);
-        through_scratch(write, static_cast<char *>(b.out), static_cast<char *>(b.out_residual), rows, len, element,
+    void block_through_scratch(const Block &b, const BackwardCoefficients<A> &c, Write write) {
+        through_scratch(write, static_cast<char *>(b.out), static_cast<char *>(b.out_residual), static_cast<int64_t>(b.rows),
+                        static_cast<int64_t>(b.len), element,
                         [&](int64_t first, int64_t count, int64_t start, int64_t some, char *to, char *to_r) {
-                            column_input(part(b, first, count, start, some, to, to_r), shifted(all.c, start));
+                            column_input(part(b, first, count, start, some, to, to_r), shifted(c, start));
                         });
-    }
-
-    // short lines side by side: the scratches hold rows of kept ones
-    template <class Reduce>
-    void reduce_lines(const Columns &g, int64_t row, int64_t rows, int64_t j1, char *zs, char *dys, char *rest, Reduce reduce) {
-        const size_t line_bytes = static_cast<size_t>(g.c * element);
-        over_kept_lines(
-            *p.keep, g, row, row + rows, j1,
-            [&](int64_t r, int64_t line, int64_t slot) {
-                const Block b = block(g, r, 1, 0, g.cols);
-                const int64_t from = line * g.c * element, to = slot * g.c * element;
-                memcpy(zs + to, static_cast<const char *>(b.z) + from, line_bytes);
-                memcpy(dys + to, static_cast<const char *>(b.dy) + from, line_bytes);
-                if (!b.saved) return;
-                if (!bits) return void(memcpy(rest + to, static_cast<const char *>(b.saved) + from, line_bytes));
-                const auto *const of = static_cast<const uint8_t *>(b.saved);
-                for (int64_t i = 0; i < g.c; ++i) {
-                    const int64_t a = line * g.c + i, o = slot * g.c + i, one = of[a / 8] >> (a % 8) & 1;
-                    rest[o / 8] = static_cast<char>((rest[o / 8] & ~(1 << (o % 8))) | one << (o % 8));
-                }
-            },
-            [&](int64_t first, int64_t count, int64_t len) {
-                Block b;
-                b.z = zs + first * element, b.dy = dys + first * element;
-                b.saved = p.saved ? rest + (bits ? first / 8 : first * element) : nullptr;
-                b.z_step = b.step = g.cols * element, b.mask_step = g.mask_row();
-                b.rows = static_cast<size_t>(count), b.len = static_cast<size_t>(len);
-                reduce(b, 0);
-            });
     }
 
     Block to_outputs(const Columns &g, int64_t row, int64_t rows, int64_t len) const {
@@ -262,34 +224,6 @@ class BackwardStep {
         b.out_residual = dr ? dr.p + row * b.step : nullptr;
         b.stream = streams;
         return b;
-    }
-
-    // Calls f(block, first channel) for what a mask keeps of a unit: the unit itself, or copies in scratches in which a
-    // gradient of 0 stands for what it leaves out, at the mean, so that nothing else is out of range.
-    template <class F>
-    void each_kept(const Planes &g, int64_t u, int64_t c0, int64_t c1, F f) {
-        const Block b = block(g, u, c0, c1);
-        const Kept kept = p.keep ? p.keep->of(u) : Kept::all;
-        if (kept == Kept::all) return f(b, c0);
-        if (kept == Kept::none) return;
-        alignas(64) char zs[scratch_bytes], dys[scratch_bytes], residuals[scratch_bytes];
-        in_pieces(c1 - c0, g.length(u), element, [&](int64_t row, int64_t rows, int64_t start, int64_t len) {
-            const uint8_t *const kept_bits = p.keep->plane(u / g.pieces, g.start(u) + start);
-            Block some = part(b, row, rows, start, len, nullptr, nullptr);
-            const int64_t step = len * element;
-            const auto copy = [&](char *to, const void *from, int64_t from_step, int64_t i, const A *fill) {
-                k.keep_plane(to + i * step, static_cast<const char *>(from) + i * from_step, kept_bits, static_cast<size_t>(len), fill);
-            };
-            for (int64_t i = 0; i < rows; ++i) {
-                copy(zs, some.z, some.z_step, i, p.mean + c0 + row + i);
-                copy(dys, some.dy, some.step, i, nothing);
-                if (some.saved && !bits) copy(residuals, some.saved, some.step, i, nothing);
-            }
-            some.z = zs, some.dy = dys;
-            if (some.saved && !bits) some.saved = residuals;
-            some.z_step = some.step = step;
-            f(some, c0 + row);
-        });
     }
 
     BackwardCoefficients<A> of_channel(int64_t c) const {
@@ -337,6 +271,7 @@ class BackwardStep {
         if (b.saved)
             b.saved = static_cast<const char *>(b.saved) +
                       (bits ? row * b.mask_step + start / 8 : row * b.step + start * element);
+        if (b.kept) b.kept += row * b.kept_step + start / 8;
         b.out = to;
         b.out_residual = to_r;
         b.rows = static_cast<size_t>(rows);
@@ -356,7 +291,6 @@ class BackwardStep {
     typename Kernels<A>::Input plane_input, column_input, run_input = nullptr;
     Array<int8_t> run_lanes;
     bool bits = false, streams = false;
-    A nothing[columns_together] = {};
 };
 
 template <class A>

@@ -153,7 +153,7 @@ Result<A> once(const Shape &x, Activation a, bool residual, int threads, const s
     b.saved = !residual || a == Activation::identity ? nullptr : with_mask ? static_cast<const void *>(mask.data()) : r.data();
     b.gamma = gamma.data(), b.beta = beta.data(), b.mean = out.mean.data(), b.inv_std = out.inv_std.data();
     b.sum_dy = out.sum_dy.data(), b.sum_dy_zhat = out.sum_dy_zhat.data();
-    b.count = static_cast<double>(x.n * x.s), b.threads = threads;
+    b.count = static_cast<double>(keep ? keep->count : x.n * x.s), b.threads = threads;
     backward(b);
 
     // the same in parts must be the same in bits
@@ -205,6 +205,67 @@ void check(const Shape &x, Activation a, bool residual) {
     }
 }
 
+// What a mask leaves out is NaN here: it must be in no sum, and 0 in every output.
+template <class A>
+void check_masked(const Shape &x, Activation a, bool residual, int kind) {
+    const int64_t count = x.n * x.c * x.s, m = x.n * x.s;
+    const size_t bytes = static_cast<size_t>(count) * element_size(x.dtype);
+    std::vector<uint8_t> kept(static_cast<size_t>(m));
+    int64_t kept_count = 0;
+    uint32_t seed = 54321;
+    const auto draw = [&] { return (seed = seed * 1664525u + 1013904223u) >> 24; };
+    for (int64_t i = 0; i < m; ++i) {
+        // at random, the beginning of each sample, whole samples, a single position, none
+        const bool of_kind[] = {draw() < 128, i % x.s <= x.s * (i / x.s + 1) / x.n / 2, i / x.s % 3 == 1, i == m / 2, false};
+        kept_count += kept[static_cast<size_t>(i)] = of_kind[kind];
+    }
+    const Keep keep(x, kept.data(), kept_count);
+    const auto at = [&](int64_t i, int64_t c) { return x.layout == Layout::rc ? i * x.c + c : (i / x.s * x.c + c) * x.s + i % x.s; };
+    std::vector<char> z(bytes), r(bytes), dy(bytes);
+    for (int64_t c = 0; c < x.c; ++c)
+        for (int64_t i = 0; i < m; ++i)
+            for (auto *v : {&z, &r, &dy})
+                put(*v, x.dtype, at(i, c), kept[static_cast<size_t>(i)] ? (static_cast<int>(draw()) - 128) / 64.0 : NAN);
+    const Result<A> one = once<A>(x, a, residual, 1, z, r, dy, &keep);
+    wanted = 3;
+    expect(one == once<A>(x, a, residual, 3, z, r, dy, &keep), "masked: same bits for every number of threads", x, a);
+    if (!kept_count) {
+        const auto all_zero = [](const std::vector<char> &v) { return v == std::vector<char>(v.size(), 0); };
+        return expect(all_zero(one.y) && all_zero(one.dz) && all_zero(one.dr), "nothing is kept", x, a);
+    }
+    const double n = static_cast<double>(kept_count);
+    const double tolerance = x.dtype == DType::f64 ? 1e-11 : x.dtype == DType::f32 ? 3e-5 : x.dtype == DType::f16 ? 4e-3 : 3e-2;
+    for (int64_t c = 0; c < x.c; ++c) {
+        const auto each = [&](const auto &f) {
+            for (int64_t i = 0; i < m; ++i)
+                if (kept[static_cast<size_t>(i)]) f(i);
+        };
+        double mean = 0, var = 0, sum = 0, product = 0;
+        each([&](int64_t i) { mean += get(z, x.dtype, at(i, c)) / n; });
+        each([&](int64_t i) { var += std::pow(get(z, x.dtype, at(i, c)) - mean, 2) / n; });
+        const double scale = 0.5 + 0.01 * double(c % 50), inv = 1 / std::sqrt(var + 1e-5);
+        const auto normal = [&](int64_t i) { return (get(z, x.dtype, at(i, c)) - mean) * inv; };
+        const auto before = [&](int64_t i) { return scale * normal(i) + 0.1 * double(c % 7) + (residual ? get(r, x.dtype, at(i, c)) : 0); };
+        // the derivative by differences, away from the kinks
+        const auto gradient = [&](int64_t i) { return get(dy, x.dtype, at(i, c)) * (activate(a, before(i) + 1e-6) - activate(a, before(i) - 1e-6)) / 2e-6; };
+        bool by_a_kink = false;
+        each([&](int64_t i) {
+            sum += gradient(i), product += gradient(i) * normal(i);
+            for (double kink : {-3.0, 0.0, 3.0, 6.0}) by_a_kink |= std::fabs(before(i) - kink) < 1e-4;
+        });
+        for (int64_t i = 0; i < m; ++i) {
+            const bool here = kept[static_cast<size_t>(i)];
+            const double y = here ? activate(a, before(i)) : 0;
+            if (!(std::fabs(get(one.y, x.dtype, at(i, c)) - y) <= tolerance * (1 + std::fabs(y)))) return expect(false, "masked output", x, a);
+            const double dz = here ? scale * inv * (gradient(i) - sum / n - normal(i) * product / n) : 0;
+            const double have = get(one.dz, x.dtype, at(i, c));
+            if (!here && have != 0) return expect(false, "masked gradient: 0", x, a);
+            if (kept_count > 1 && !by_a_kink && !(std::fabs(have - dz) <= 4 * (tolerance + 1e-8) * scale * inv * 4))
+                return expect(false, "masked gradient", x, a);
+        }
+    }
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -236,6 +297,13 @@ int main(int argc, char **argv) {
                             check<double>(x, static_cast<Activation>(act), residual);
                         else
                             check<float>(x, static_cast<Activation>(act), residual);
+                        for (int kind = 0; kind < 5; ++kind) {
+                            if (kind > 1 && act > 2) continue;
+                            if (x.dtype == DType::f64)
+                                check_masked<double>(x, static_cast<Activation>(act), residual, kind);
+                            else
+                                check_masked<float>(x, static_cast<Activation>(act), residual, kind);
+                        }
                     }
                 }
         std::printf("%s, last level %zu KiB: %d failures\n", isa, cache().last >> 10, failures);

@@ -12,7 +12,9 @@
 #include <thread>
 #include <vector>
 
-#if !defined(_WIN32)
+#if defined(_WIN32)
+#include <malloc.h>
+#else
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -39,7 +41,19 @@ bool fails_now() {
 void *allocate(size_t bytes, size_t alignment) {
     if (fails_now()) return nullptr;
     bytes = (bytes + alignment - 1) / alignment * alignment;
+#if defined(_WIN32)
+    return _aligned_malloc(bytes ? bytes : alignment, alignment);
+#else
     return std::aligned_alloc(alignment, bytes ? bytes : alignment);
+#endif
+}
+
+void give_back(void *p) {
+#if defined(_WIN32)
+    _aligned_free(p);
+#else
+    std::free(p);
+#endif
 }
 
 void *or_throw(void *p) {
@@ -59,14 +73,14 @@ void *operator new(size_t n, std::align_val_t a) { return or_throw(allocate(n, s
 void *operator new[](size_t n, std::align_val_t a) { return or_throw(allocate(n, static_cast<size_t>(a))); }
 void *operator new(size_t n, const std::nothrow_t &) noexcept { return allocate(n, usual); }
 void *operator new[](size_t n, const std::nothrow_t &) noexcept { return allocate(n, usual); }
-void operator delete(void *p) noexcept { std::free(p); }
-void operator delete[](void *p) noexcept { std::free(p); }
-void operator delete(void *p, size_t) noexcept { std::free(p); }
-void operator delete[](void *p, size_t) noexcept { std::free(p); }
-void operator delete(void *p, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void *p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void *p, size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void *p, size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void *p) noexcept { give_back(p); }
+void operator delete[](void *p) noexcept { give_back(p); }
+void operator delete(void *p, size_t) noexcept { give_back(p); }
+void operator delete[](void *p, size_t) noexcept { give_back(p); }
+void operator delete(void *p, std::align_val_t) noexcept { give_back(p); }
+void operator delete[](void *p, std::align_val_t) noexcept { give_back(p); }
+void operator delete(void *p, size_t, std::align_val_t) noexcept { give_back(p); }
+void operator delete[](void *p, size_t, std::align_val_t) noexcept { give_back(p); }
 
 #if defined(BN_WRAPPED_MMAP)  // linked with --wrap=mmap
 extern "C" void *__real_mmap(void *, size_t, int, int, int, off_t);
@@ -158,20 +172,28 @@ void routes() {
     for (const Case &k : cases)
         for (size_t last : {size_t{0}, size_t{16} << 10})
             for (int threads : {1, 3})
-                for (int with = 0; with < 2; ++with) {
+                for (int with = 0; with < 4; ++with) {
                     pretend_cache(last / 4, last);
-                    const bool residual = with;
+                    const bool residual = with & 1;
                     const Activation a = Activation::relu;
                     Shape x{DType::f32, k.layout, k.n, k.c, k.s, k.c * k.s, k.s};
                     x.form = natural_form(x);
                     std::vector<float> values(static_cast<size_t>(k.n * k.c * k.s));
                     for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i * 2654435761u % 1000) / 500 - 1;
+                    std::vector<uint8_t> kept(static_cast<size_t>(k.n * k.s));
+                    int64_t count = 0;
+                    for (size_t i = 0; i < kept.size(); ++i) count += kept[i] = i * 2654435761u % 5 > 1;
+                    const Keep keep(x, kept.data(), count);
+                    const auto masked = [&](auto problem) {
+                        problem.keep = with & 2 ? &keep : nullptr;
+                        return problem;
+                    };
                     Buffers<float> want(x, values.data()), have(x, values.data());
-                    forward(want.forward(x, a, residual, 1));
-                    backward(want.backward(x, a, residual, 1));
-                    const auto f = have.forward(x, a, residual, threads);
+                    forward(masked(want.forward(x, a, residual, 1)));
+                    backward(masked(want.backward(x, a, residual, 1)));
+                    const auto f = masked(have.forward(x, a, residual, threads));
                     const int failed = each_failing(k.what, [&] { forward(f); }, [&] { return have.tracks_nothing(); });
-                    const auto b = have.backward(x, a, residual, threads);
+                    const auto b = masked(have.backward(x, a, residual, threads));
                     const int also = each_failing(k.what, [&] { backward(b); }, [] { return true; });
                     expect(failed > 0 && also > 0, "allocations are counted");
                     expect(have.y == want.y && have.dz == want.dz && have.running_mean == want.running_mean &&

@@ -81,20 +81,20 @@ class ForwardStep {
         A *const sums = lanes.clear(c1 - c0);
         for (int64_t u = begin; u < end; ++u) {
             if (u + 1 < g.units) touch(g, u + 1, c0, c1);
-            each_kept(g, u, c0, c1, [&](const Block &b, int64_t c) {
-                k.plane_moments(b, &center[c], sums + (c - c0) * Lanes::width);
-            });
+            Block b = block(g, u, c0, c1);
+            if (keeps(g, u, b)) k.plane_moments(b, &center[c0], sums);
         }
         for (int64_t c = c0; c < c1; ++c) {
             const Sums s = k.lane_sums(sums + (c - c0) * Lanes::width);
             Sums total{s.a, s.b};
             if (sizeof(A) == 4 && !(s.b > 1e-25 && s.b < 1e35) && !(s.a == 0 && s.b == 0)) {  // out of range, or NaN
                 total = {};
-                for (int64_t u = begin; u < end; ++u)
-                    each_kept(g, u, c, c + 1, [&](const Block &b, int64_t) {
-                        const Sums wide = k.wide_moments(b.z, b.len, static_cast<double>(center[c]));
-                        total += {wide.a, wide.b};
-                    });
+                for (int64_t u = begin; u < end; ++u) {
+                    Block b = block(g, u, c, c + 1);
+                    if (!keeps(g, u, b)) continue;
+                    const Sums wide = k.wide_moments(b.z, b.len, static_cast<double>(center[c]), b.kept);
+                    total += {wide.a, wide.b};
+                }
             }
             out[c - c0] += total;
         }
@@ -109,7 +109,7 @@ class ForwardStep {
                 const Block b = block(g, u, first, last);
                 const char *row = static_cast<const char *>(b.z);
                 for (int64_t c = first; c < last; ++c, row += b.z_step)
-                    totals[c - first] += k.wide_moments(row, b.len, static_cast<double>(center[c]));
+                    totals[c - first] += k.wide_moments(row, b.len, static_cast<double>(center[c]), nullptr);
             }
             for (int64_t c = first; c < last; ++c) out[c - c0] += totals[c - first];
         }
@@ -134,27 +134,21 @@ class ForwardStep {
         };
         b.out = out;
         b.stream = streams;
-        const Kept kept = p.keep ? p.keep->of(u) : Kept::all;
-        if (kept == Kept::none) return zero(out, b.step, c1 - c0, g.length(u) * element);
-        const bool whole = kept == Kept::all;
-        if (whole && apply_run && (!streams || on_vectors(out, 0, 1, element))) {
+        if (!keeps(g, u, b)) return zero(out, b.step, c1 - c0, g.length(u) * element);
+        if (!b.kept && apply_run && (!streams || on_vectors(out, 0, 1, element))) {
             b.lanes = run_lanes.get();
             return apply_run(b, coefficients(c0));
         }
-        if (whole && (!streams || on_vectors(out, b.step, c1 - c0, element))) return apply_plane(b, coefficients(c0));
+        if (!streams || on_vectors(out, b.step, c1 - c0, element)) return apply_plane(b, coefficients(c0));
         const auto map = [&](int64_t row, int64_t rows, int64_t start, int64_t len, char *to, char *) {
             apply_plane(part(b, row, rows, start, len, to), coefficients(c0 + row));
         };
-        const auto scratch = [&](const auto &write) {
-            if (g.pieces == 1) return through_scratch(write, out, nullptr, c1 - c0, g.s, element, map);
-            for (int64_t c = 0; c < c1 - c0; ++c)
-                through_scratch(write, out + c * y.sc, nullptr, 1, g.length(u), element,
-                                [&](int64_t, int64_t, int64_t start, int64_t len, char *to, char *none) {
-                                    map(c, 1, start, len, to, none);
-                                });
-        };
-        if (whole) return scratch(past_caches(k, element));
-        scratch(kept_only(k, element, streams, [&](int64_t start, int64_t) { return p.keep->plane(n, g.start(u) + start); }));
+        if (g.pieces == 1) return through_scratch(past_caches(k, element), out, nullptr, c1 - c0, g.s, element, map);
+        for (int64_t c = 0; c < c1 - c0; ++c)
+            through_scratch(past_caches(k, element), out + c * y.sc, nullptr, 1, g.length(u), element,
+                            [&](int64_t, int64_t, int64_t start, int64_t len, char *to, char *none) {
+                                map(c, 1, start, len, to, none);
+                            });
     }
 
     // --- columns ---
@@ -177,40 +171,20 @@ class ForwardStep {
 
     void reduce_block(const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, const Coefficients &all,
                       double *sum, double *square) {
-        Block b;
-        const auto reduce = [&](const char *from, int64_t step, int64_t count, int64_t j, int64_t len) {
-            b.z = from;
-            b.z_step = step;
+        const auto reduce = [&](const int32_t *picks, int64_t count, int64_t j, int64_t len, const uint8_t *bits) {
+            Block b;
+            b.z = z.p + (row * g.z_stride + j) * element;
+            b.z_step = g.z_stride * element;
             b.rows = static_cast<size_t>(count);
             b.len = static_cast<size_t>(len);
+            b.picks = picks;
+            b.kept = bits;
+            b.kept_step = kept_bytes;
             if (wide()) return wide_columns(b, all.center + j, sum + (j - j0), square + (j - j0));
             k.column_moments(b, all.center + j, sum + (j - j0), square + (j - j0));
         };
-        const auto at = [&](int64_t r, int64_t j) { return z.p + (r * g.z_stride + j) * element; };
-        if (!p.keep) return reduce(at(row, j0), g.z_stride * element, rows, j0, j1 - j0);
-        alignas(64) char together[rows_together * columns_together * sizeof(A)];
-        constexpr int64_t step = columns_together * sizeof(A);
-        if (g.repeated()) {  // short lines side by side: rows of kept ones
-            const size_t line_bytes = static_cast<size_t>(g.c * element);
-            return over_kept_lines(
-                *p.keep, g, row, row + rows, j1,
-                [&](int64_t r, int64_t line, int64_t slot) {
-                    memcpy(together + slot * g.c * element, at(r, line * g.c), line_bytes);
-                },
-                [&](int64_t first, int64_t count, int64_t len) {
-                    reduce(together + first * element, g.cols * element, count, 0, len);
-                });
-        }
-        over_kept_rows(
-            *p.keep, g, row, row + rows, j0, j1,
-            [&](int64_t r, int64_t count) { reduce(at(r, j0), g.z_stride * element, count, j0, j1 - j0); },
-            [&](int64_t r, int64_t j, int64_t count, int64_t slot, const uint8_t *bits) {
-                if (bits)
-                    k.keep_column(together + slot * step, at(r, j), bits, static_cast<size_t>(count), all.center + j);
-                else
-                    memcpy(together + slot * step, at(r, j), static_cast<size_t>(count * element));
-            },
-            [&](int64_t slots, int64_t j, int64_t count) { reduce(together, step, slots, j, count); });
+        if (!p.keep) return reduce(nullptr, rows, j0, j1 - j0, nullptr);
+        over_kept_rows(*p.keep, g, row, rows, j0, j1, reduce);
     }
 
     void wide_columns(const Block &b, const A *from, double *sum, double *square) const {
@@ -232,31 +206,11 @@ class ForwardStep {
 
     void map_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
         if (!p.keep) return map_whole_rows(g, row, rows, len, all);
-        // lines of values, each kept or not: what is computed of the others is overwritten
-        const auto lines = [&](int64_t r, int64_t count) {
-            if (!streams) {
-                map_whole_rows(g, r, count, len, all);
-                p.keep->zero_lines(g, r, 0, (count - 1) * g.cols + len, y.p + r * g.cols * element, element);
-                return;
-            }
-            rows_through_scratch(
-                g, r, count, len, all, [&](char *to, char *from, int64_t first, int64_t some_rows, int64_t start, int64_t some) {
-                    p.keep->zero_lines(g, r + first, start, some_rows * some, from, element);
-                    k.stream(to, from, static_cast<size_t>(some_rows * some * element));
-                });
-        };
-        if (g.s == 1 && mixed(*p.keep, row, rows)) return lines(row, rows);
+        if (g.s == 1 && !g.repeated() && mixed(*p.keep, row, rows)) return map_mixed_rows(g, row, rows, len, all);
         by_kept_rows(
             *p.keep, row, row + rows, [&](int64_t r, int64_t count) { map_whole_rows(g, r, count, len, all); },
             [&](int64_t r, int64_t count) {
-                if (g.s == 1) return lines(r, count);
-                for (const int64_t end = r + count; r < end; ++r) {
-                    uint8_t bits[scratch_bytes / 16 + 16];
-                    rows_through_scratch(g, r, 1, len, all, kept_only(k, element, streams, [&](int64_t start, int64_t some) {
-                                             p.keep->columns(g, r, start, some, bits);
-                                             return bits;
-                                         }));
-                }
+                for (const int64_t end = r + count; r < end; ++r) map_some(g, r, len, all);
             },
             [&](int64_t r, int64_t count) {
                 zero(y.p + r * g.cols * element, g.cols * element, count, len * element);
@@ -264,20 +218,59 @@ class ForwardStep {
     }
 
   private:
+    // what a mask keeps of a unit; false: nothing
+    bool keeps(const Planes &g, int64_t u, Block &b) const {
+        const Kept kept = p.keep ? p.keep->of(u) : Kept::all;
+        if (kept == Kept::some) b.kept = p.keep->plane(u / g.pieces, g.start(u));
+        return kept != Kept::none;
+    }
+
     void map_whole_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
-        const Block b = block(g, row, rows, len);
-        if (!streams || on_vectors(b.out, b.step, rows, element)) return apply_column(b, all.c);
-        rows_through_scratch(g, row, rows, len, all, past_caches(k, element));
+        map_block(block(g, row, rows, len), all.c);
+    }
+
+    void map_block(const Block &b, const ForwardCoefficients<A> &c) {
+        if (!streams || on_vectors(b.out, b.step, static_cast<int64_t>(b.rows), element)) return apply_column(b, c);
+        block_through_scratch(b, c, past_caches(k, element));
+    }
+
+    // a row of which a mask keeps some elements
+    void map_some(const Columns &g, int64_t row, int64_t len, const Coefficients &all) {
+        const Block b = block(g, row, 1, len);
+        for (int64_t j = 0; j < len; j += columns_together) {
+            uint8_t bits[kept_bytes];
+            const int64_t some = std::min(columns_together, len - j);
+            p.keep->row(g, row, j, some, bits);
+            Block piece = part(b, 0, 1, j, some, static_cast<char *>(b.out) + j * element);
+            piece.kept = bits;
+            piece.stream = streams;
+            map_block(piece, shifted(all.c, j));
+        }
+    }
+
+    // rows that a mask keeps or not, often in turn: what is computed of the others is overwritten
+    void map_mixed_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
+        if (!streams) {
+            map_whole_rows(g, row, rows, len, all);
+            return p.keep->zero_lines(g, row, 0, (rows - 1) * g.cols + len, y.p + row * g.cols * element, element);
+        }
+        block_through_scratch(block(g, row, rows, len), all.c,
+                              [&](char *to, char *from, int64_t first, int64_t some_rows, int64_t start, int64_t some) {
+                                  p.keep->zero_lines(g, row + first, start, some_rows * some, from, element);
+                                  k.stream(to, from, static_cast<size_t>(some_rows * some * element));
+                              });
     }
 
     template <class Write>
-    void rows_through_scratch(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all, Write write) {
-        const Block b = block(g, row, rows, len);
-        through_scratch(write, static_cast<char *>(b.out), nullptr, rows, len, element,
+    void block_through_scratch(const Block &b, const ForwardCoefficients<A> &c, Write write) {
+        through_scratch(write, static_cast<char *>(b.out), nullptr, static_cast<int64_t>(b.rows), static_cast<int64_t>(b.len), element,
                         [&](int64_t first, int64_t count, int64_t start, int64_t some, char *to, char *) {
-                            apply_column(part(b, first, count, start, some, to),
-                                         {all.c.mean + start, all.c.scale + start, all.c.shift + start});
+                            apply_column(part(b, first, count, start, some, to), shifted(c, start));
                         });
+    }
+
+    static ForwardCoefficients<A> shifted(const ForwardCoefficients<A> &c, int64_t j) {
+        return {c.mean + j, c.scale + j, c.shift + j};
     }
 
     Block block(const Columns &g, int64_t row, int64_t rows, int64_t len) const {
@@ -293,29 +286,6 @@ class ForwardStep {
         b.len = static_cast<size_t>(len);
         b.stream = streams;
         return b;
-    }
-
-    // Calls f(block, first channel) for what a mask keeps of a unit: the unit itself, or copies in a scratch in which
-    // the center stands for what it leaves out.
-    template <class F>
-    void each_kept(const Planes &g, int64_t u, int64_t c0, int64_t c1, F f) {
-        const Block b = block(g, u, c0, c1);
-        const Kept kept = p.keep ? p.keep->of(u) : Kept::all;
-        if (kept == Kept::all) return f(b, c0);
-        if (kept == Kept::none) return;
-        alignas(64) char scratch[scratch_bytes];
-        in_pieces(c1 - c0, g.length(u), element, [&](int64_t row, int64_t rows, int64_t start, int64_t len) {
-            const uint8_t *const bits = p.keep->plane(u / g.pieces, g.start(u) + start);
-            Block some;
-            some.z_step = len * element;
-            for (int64_t i = 0; i < rows; ++i)
-                k.keep_plane(scratch + i * some.z_step, z.at(u / g.pieces, c0 + row + i) + (g.start(u) + start) * element, bits,
-                             static_cast<size_t>(len), &center[c0 + row + i]);
-            some.z = scratch;
-            some.rows = static_cast<size_t>(rows);
-            some.len = static_cast<size_t>(len);
-            f(some, c0 + row);
-        });
     }
 
     void look_at_kept(int64_t c0, int64_t c1) {
@@ -350,6 +320,7 @@ class ForwardStep {
         b.z = static_cast<const char *>(b.z) + row * b.z_step + start * element;
         if (b.saved) b.saved = static_cast<const char *>(b.saved) + row * b.step + start * element;
         if (b.mask) b.mask += row * b.mask_step + start / 8;
+        if (b.kept) b.kept += row * b.kept_step + start / 8;
         b.out = to;
         b.rows = static_cast<size_t>(rows);
         b.len = static_cast<size_t>(len);

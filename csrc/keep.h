@@ -32,21 +32,10 @@ class Keep {
     // The rest is for columns. Whether each position is kept of those whose values make a row of NC, one after the other.
     const uint8_t *lines(const Columns &g, int64_t row) const { return bytes + row * (g.cols / (g.c * g.s)) * g.s; }
 
-    // Short planes: a bit for each of `number` elements of a row, from element j on; `out` has room for 8 bytes more.
-    void columns(const Columns &g, int64_t row, int64_t j, int64_t number, uint8_t *out) const {
-        const uint8_t *const at = lines(g, row);
-        // a plane's bits again and again, as far as a word at any place of a plane reaches
-        uint64_t low = 0, high = 0;
-        for (int64_t i = 0; i < g.s; ++i) low |= static_cast<uint64_t>(at[i]) << i;
-        for (int64_t have = g.s; have < 64; have *= 2) low |= low << have;
-        const int64_t behind = 64 % g.s;  // where in a plane the next word begins
-        high = behind ? low >> behind | low << (g.s - behind) : low;
-        int64_t phase = j % g.s;
-        for (; number > 0; number -= 64, out += 8) {
-            const uint64_t word = phase ? low >> phase | high << (64 - phase) : low;
-            memcpy(out, &word, 8);
-            phase = (phase + 64) % g.s;
-        }
+    // A bit for each of `number` elements of a row, from element j on, a multiple of 8; `out` has room for 8 bytes more.
+    void row(const Columns &g, int64_t r, int64_t j, int64_t number, uint8_t *out) const {
+        if (of(r) == Kept::all) return void(memset(out, 0xff, static_cast<size_t>((number + 7) / 8)));
+        g.repeated() ? of_lines(g, r, j, number, out) : of_planes(g, r, j, number, out);
     }
 
     // 0 in place of what is not kept, in `number` elements from element `start` of a row on
@@ -66,6 +55,38 @@ class Keep {
     int64_t sample[3] = {};
 
   private:
+    // lines of c values, each kept or not
+    void of_lines(const Columns &g, int64_t r, int64_t j, int64_t number, uint8_t *out) const {
+        memset(out, 0, static_cast<size_t>((number + 7) / 8));
+        const uint8_t *line = lines(g, r) + j / g.c;
+        for (int64_t at = 0, left = g.c - j % g.c; at < number;) {
+            const int64_t some = std::min({left, number - at, int64_t{56}});
+            uint64_t word;
+            memcpy(&word, out + at / 8, 8);
+            word |= (-static_cast<uint64_t>(*line) & ((uint64_t{1} << some) - 1)) << at % 8;  // without a branch: masks are random
+            memcpy(out + at / 8, &word, 8);
+            at += some, left -= some;
+            if (!left) left = g.c, ++line;
+        }
+    }
+
+    // short planes, every channel's the same
+    void of_planes(const Columns &g, int64_t r, int64_t j, int64_t number, uint8_t *out) const {
+        const uint8_t *const at = lines(g, r);
+        // a plane's bits again and again, as far as a word at any place of a plane reaches
+        uint64_t low = 0, high = 0;
+        for (int64_t i = 0; i < g.s; ++i) low |= static_cast<uint64_t>(at[i]) << i;
+        for (int64_t have = g.s; have < 64; have *= 2) low |= low << have;
+        const int64_t behind = 64 % g.s;  // where in a plane the next word begins
+        high = behind ? low >> behind | low << (g.s - behind) : low;
+        int64_t phase = j % g.s;
+        for (; number > 0; number -= 64, out += 8) {
+            const uint64_t word = phase ? low >> phase | high << (64 - phase) : low;
+            memcpy(out, &word, 8);
+            phase = (phase + 64) % g.s;
+        }
+    }
+
     int64_t ones(int64_t from, int64_t number) const {
         int64_t total = 0;
         for (int64_t i = from; i < from + number; ++i) total += bytes[i];

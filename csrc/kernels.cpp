@@ -9,7 +9,6 @@
 #include "loops_moments.h"
 #include "loops_backward.h"
 #include "loops_channels.h"
-#include "loops_keep.h"
 #include "loops_runs.h"
 
 namespace bn::BN_ISA {
@@ -50,8 +49,6 @@ void fill(Kernels<typename Element<T>::Acc> &k) {
     k.lane_sums = lane_sums<typename Element<T>::Acc>;
     k.stream = stream_bytes;
     k.fence = fence;
-    k.keep_plane = keep<T, false>;
-    k.keep_column = keep<T, true>;
     k.gather = gather<T>;
     k.inverse_deviations = inverse_deviations<A>;
     k.channel_moments = channel_moments<A>;

@@ -42,6 +42,9 @@ struct Block {
     ptrdiff_t z_step = 0, step = 0, mask_step = 0;    // bytes from row to row: of z, of packed tensors, of bit masks
     size_t rows = 0, len = 0;
     bool stream = false;  // stores go past the caches: `out` and `step` are multiples of a vector
+    const uint8_t *kept = nullptr;  // what a mask keeps of a row's elements, bits; the others are no part of a sum, and 0 in an output
+    ptrdiff_t kept_step = 0;        // bytes from row to row: 0 where it is the same for all
+    const int32_t *picks = nullptr; // sums by columns: the rows that there are, counted from the first; nullptr: all
     const int8_t *lanes = nullptr;  // run kernels: which of 16 / gcd(len, 16) rows each element of so many rows is in
 };
 
@@ -57,7 +60,7 @@ struct Kernels {
     void (*plane_moments)(const Block &, const A *center, A *lanes);
     void (*column_moments)(const Block &, const A *center, double *sum, double *square);
     // the same of one row in double, for squares that leave the range of A
-    Sums (*wide_moments)(const void *z, size_t len, double center);
+    Sums (*wide_moments)(const void *z, size_t len, double center, const uint8_t *kept);
     Sums (*lane_sums)(const A *lanes);
     Apply plane_apply[activation_count][2];           // [activation][with residual]
     Apply column_apply[activation_count][2];
@@ -72,9 +75,6 @@ struct Kernels {
     // copies with stores that go past the caches on whole aligned lines; call fence() before another thread reads
     void (*stream)(void *to, const void *from, size_t bytes);
     void (*fence)();
-    // copies in which 0 bits stand for `fill`: one for all elements, or one for each; in place too
-    void (*keep_plane)(void *to, const void *from, const uint8_t *bits, size_t len, const A *fill);
-    void (*keep_column)(void *to, const void *from, const uint8_t *bits, size_t len, const A *fill);
     // once a channel, for some of them (moments and move: up to channels_at_once)
     void (*inverse_deviations)(const A *var, double eps, size_t count, A *out);
     void (*channel_moments)(const Sums *, const A *center, size_t count, double m, double eps, const ChannelMoments<A> &);

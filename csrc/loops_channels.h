@@ -22,17 +22,18 @@ void inverse_deviations(const A *var, double eps, size_t count, A *out) {
 // `sums` are about `center`
 template <class A>
 void channel_moments(const Sums *sums, const A *center, size_t count, double m, double eps, const ChannelMoments<A> &out) {
+    const double each = m > 0 ? 1 / m : 0;  // one division for all: they take as long as ten multiplications
     for (size_t i = 0; i < count; ++i) {
-        const double off = m > 0 ? sums[i].a / m : 0, square = sums[i].b - sums[i].a * off;
+        const double off = sums[i].a * each, square = sums[i].b - sums[i].a * off;
         out.exact_mean[i] = static_cast<double>(center[i]) + off;
         out.exact_m2[i] = square < 0 ? 0 : square;  // NaN stays NaN
     }
     for (size_t i = 0; i < count; ++i) out.mean[i] = static_cast<A>(out.exact_mean[i]);
     if (out.var)
-        for (size_t i = 0; i < count; ++i) out.var[i] = static_cast<A>(m > 0 ? out.exact_m2[i] / m : 0);
+        for (size_t i = 0; i < count; ++i) out.var[i] = static_cast<A>(out.exact_m2[i] * each);
     if (out.inv_std)
         for (size_t i = 0; i < count; ++i)
-            out.inv_std[i] = static_cast<A>(1.0 / sqrt((m > 0 ? out.exact_m2[i] / m : 0) + eps));
+            out.inv_std[i] = static_cast<A>(1.0 / sqrt(out.exact_m2[i] * each + eps));
 }
 
 // whether all are finite, where that is asked; then the running ones have moved
@@ -42,7 +43,8 @@ bool move(const A *mean, const double *m2, size_t count, double divisor, double 
     using Bits = typename Unsigned<A>::Type;
     constexpr Bits exponent = sizeof(A) == 8 ? static_cast<Bits>(0x7ff0000000000000ull) : static_cast<Bits>(0x7f800000u);
     A var[channels_at_once];
-    for (size_t i = 0; i < count; ++i) var[i] = static_cast<A>(m2[i] / divisor);
+    const double each = 1 / divisor;
+    for (size_t i = 0; i < count; ++i) var[i] = static_cast<A>(m2[i] * each);
     if (only_finite) {
         unsigned bad = 0;
         for (size_t i = 0; i < count; ++i) {
@@ -68,9 +70,10 @@ void input_constants(const Sums *sums, const A *inv_std, size_t count, double m,
         for (size_t i = 0; i < count; ++i) k0[i] = k1[i] = 0;
         return;
     }
+    const double each = -1 / m;
     for (size_t i = 0; i < count; ++i) {
-        k0[i] = static_cast<A>(-sums[i].a / m);
-        k1[i] = static_cast<A>(-sums[i].b / m * static_cast<double>(inv_std[i]));
+        k0[i] = static_cast<A>(sums[i].a * each);
+        k1[i] = static_cast<A>(sums[i].b * each * static_cast<double>(inv_std[i]));
     }
 }
 

@@ -32,16 +32,23 @@ void plane_moments(const Block &block, const typename Element<T>::Acc *center, t
     for (size_t row = 0; row < block.rows; ++row, out += 2 * lanes) {
         const T *z = row_of<T>(block.z, row, block.z_step);
         const Pack<A> m = set1(center[row]), zero = set1<A>(0);
-        Pack<A> s[4] = {load_acc(out), zero, zero, zero}, q[4] = {load_acc(out + lanes), zero, zero, zero};
+        Pack<A> s[4] = {vector_of<T>(out), zero, zero, zero}, q[4] = {vector_of<T>(out + lanes), zero, zero, zero};
         const auto add = [&](Pack<A> d, int k) BN_LAMBDA_INLINE {
             s[k] = s[k] + d;
             q[k] = fma(d, d, q[k]);
         };
-        four_chains(
-            block.len, [&](size_t i, int k) BN_LAMBDA_INLINE { add(Element<T>::load(z + i) - m, k); },
-            [&](size_t i, size_t rest) BN_LAMBDA_INLINE { add(keep_first(load_partial(z + i, rest) - m, rest), 3); });
-        store_acc(out, (s[0] + s[1]) + (s[2] + s[3]));
-        store_acc(out + lanes, (q[0] + q[1]) + (q[2] + q[3]));
+        const uint8_t *const kept = block.kept ? block.kept + static_cast<ptrdiff_t>(row) * block.kept_step : nullptr;
+        const auto some = [&](size_t i, size_t rest, int k) BN_LAMBDA_INLINE {
+            add(only(mask_of<T>(counted(kept, i, rest)), load_some(z + i, rest) - m), k);
+        };
+        if (kept)
+            for (size_t i = 0; i < block.len; i += lanes) some(i, block.len - i < lanes ? block.len - i : lanes, 0);
+        else
+            four_chains(
+                block.len, [&](size_t i, int k) BN_LAMBDA_INLINE { add(Element<T>::load(z + i) - m, k); },
+                [&](size_t i, size_t rest) BN_LAMBDA_INLINE { some(i, rest, 3); });
+        store_vector<T>(out, (s[0] + s[1]) + (s[2] + s[3]));
+        store_vector<T>(out + lanes, (q[0] + q[1]) + (q[2] + q[3]));
     }
 }
 
@@ -51,53 +58,60 @@ Sums lane_sums(const A *of) {
 }
 
 template <class T>
-Sums wide_moments(const void *z_, size_t len, double center) {
+Sums wide_moments(const void *z_, size_t len, double center, const uint8_t *kept) {
     const T *z = static_cast<const T *>(z_);
     const Pack<double> m = set1(center);
     Pack<double> s = set1(0.0), q = set1(0.0);
     for (size_t i = 0; i < len; i += lanes) {
         const size_t rest = len - i < lanes ? len - i : lanes;
-        const Pack<double> d = keep_first(widen(load_some(z + i, rest)) - m, rest);
+        const Pack<double> d = only(mask_of<double>(counted(kept, i, rest)), widen(load_in_order(z + i, rest)) - m);
         s = s + d;
         q = fma(d, d, q);
     }
     return {sum_lanes(s), sum_lanes(q)};
 }
 
+// sums by columns: which row the i-th is, and what a mask keeps of it
+BN_INLINE size_t picked_row(const Block &block, size_t i) { return block.picks ? static_cast<size_t>(block.picks[i]) : i; }
+BN_INLINE const uint8_t *kept_row(const Block &block, size_t i) {
+    return block.kept ? block.kept + static_cast<ptrdiff_t>(i) * block.kept_step : nullptr;
+}
+
+// Rows that are visited together, from column `first` on. What is to come is asked for meanwhile: the rows after these as
+// one stream; those that are picked, row by row.
+template <class T, size_t group>
+struct Visited {
+    const T *begin;
+    ptrdiff_t step;
+    const T *picked[2 * group];  // these and the next
+    Ahead<T, group> ahead;
+    BN_INLINE Visited(const Block &block, const void *of, ptrdiff_t step_, size_t from, size_t first)
+        : begin(row_of<const T>(of, from, step_) + first), step(step_), ahead(begin, step_, block.len) {
+        if (!block.picks) return;
+        for (size_t k = 0; k < 2 * group; ++k) {
+            const size_t i = from + k < block.rows ? from + k : block.rows - 1;
+            picked[k] = row_of<const T>(of, picked_row(block, i), step_) + first;
+        }
+    }
+    BN_INLINE const T *row(size_t k, bool picks) const { return picks ? picked[k] : row_of<const T>(begin, k, step); }
+    BN_INLINE void fetch(size_t j, bool picks) const {
+        if (!picks) return ahead.fetch(j);
+        BN_UNROLL for (size_t k = group; k < 2 * group; ++k) __builtin_prefetch(picked[k] + j, 0, 2);
+    }
+};
+
 // the sums of 16 columns in double
 template <class T>
-void column_sums_wide(const char *z, ptrdiff_t stride, size_t rows, size_t cols, Pack<double> center, Pack<double> &s,
-                      Pack<double> &q) {
+void column_sums_wide(const Block &block, size_t j, size_t cols, Pack<double> center, Pack<double> &s, Pack<double> &q) {
     s = q = set1(0.0);
-    for (size_t r = 0; r < rows; ++r) {
-        const Pack<double> d = keep_first(widen(load_some(row_of<T>(z, r, stride), cols)) - center, cols);
+    for (size_t r = 0; r < block.rows; ++r) {
+        const T *const z = row_of<const T>(block.z, picked_row(block, r), block.z_step) + j;
+        const Mask<double> here = mask_of<double>(counted(kept_row(block, r), j, cols));
+        const Pack<double> d = only(here, widen(load_in_order(z, cols)) - center);
         s = s + d;
         q = fma(d, d, q);
     }
 }
-
-// What is to come, asked for in the order of memory while the rows before it are summed: columns are visited several
-// rows at a time, and no hardware takes that for one stream. Where rows are not packed, row by row.
-template <class T, size_t group>
-struct Ahead {
-    static constexpr size_t lines = group * lanes * sizeof(T) / 64;
-    const char *next;
-    ptrdiff_t stride;
-    bool packed;
-    BN_INLINE Ahead(const T *rows, ptrdiff_t stride_, size_t len)
-        : next(reinterpret_cast<const char *>(rows) + static_cast<ptrdiff_t>(group) * stride_), stride(stride_),
-          packed(stride_ == static_cast<ptrdiff_t>(len * sizeof(T))) {}
-    BN_INLINE void fetch(size_t j) const {
-        if (packed) {
-            const char *p = next + j * group * sizeof(T);
-            BN_UNROLL for (size_t i = 0; i < lines; ++i) __builtin_prefetch(p + 64 * i, 0, 2);
-            if ((j * group * sizeof(T)) % 4096 == 0) __builtin_prefetch(p + 16384, 0, 2);
-        } else {
-            const char *p = next + j * sizeof(T);
-            BN_UNROLL for (size_t k = 0; k < group; ++k) __builtin_prefetch(p + static_cast<ptrdiff_t>(k) * stride);
-        }
-    }
-};
 
 // Eight rows per visit of the accumulators, which live in the first-level cache.
 template <class T>
@@ -109,29 +123,30 @@ void column_moments(const Block &block, const typename Element<T>::Acc *center, 
         A s[chunk], q[chunk];
         memset(s, 0, padded * sizeof(A));
         memset(q, 0, padded * sizeof(A));
-        const T *const first = static_cast<const T *>(block.z) + j0;
         for (size_t row = 0; row < block.rows; row += group) {
             const size_t count = block.rows - row < group ? block.rows - row : group;
-            const T *const z = row_of<T>(first, row, block.z_step);
-            const Ahead<T, group> next(z, block.z_step, block.len);
-            const auto visit = [&](size_t count, size_t j, size_t rest) BN_LAMBDA_INLINE {
-                const Pack<A> m = load_some(center + j0 + j, rest);
-                Pack<A> sj = load_acc(s + j), qj = load_acc(q + j);
+            const Visited<T, group> zs(block, block.z, block.z_step, row, j0);
+            const auto visit = [&](size_t count, size_t j, size_t rest, bool all, bool picks) BN_LAMBDA_INLINE {
+                const Pack<A> m = vector_of<T>(center + j0 + j, rest);
+                Pack<A> sj = vector_of<T>(s + j), qj = vector_of<T>(q + j);
                 for (size_t k = 0; k < count; ++k) {
-                    const Pack<A> d = load_some(row_of<T>(z + j, k, block.z_step), rest) - m;
+                    Pack<A> d = load_some(zs.row(k, picks) + j, rest) - m;
+                    if (!all) d = only(mask_of<T>(counted(kept_row(block, row + k), j0 + j, rest)), d);
                     sj = sj + d;
                     qj = fma(d, d, qj);
                 }
-                store_acc(s + j, sj);
-                store_acc(q + j, qj);
+                store_vector<T>(s + j, sj);
+                store_vector<T>(q + j, qj);
             };
             size_t j = 0;
-            if (count == group)
+            const auto whole = [&](bool picks) BN_LAMBDA_INLINE {
                 for (; j + lanes <= cols; j += lanes) {
-                    next.fetch(j);
-                    visit(group, j, lanes);
+                    zs.fetch(j, picks);
+                    visit(group, j, lanes, true, picks);
                 }
-            for (; j < cols; j += lanes) visit(count, j, cols - j < lanes ? cols - j : lanes);
+            };
+            if (count == group && !block.kept) block.picks ? whole(true) : whole(false);
+            for (; j < cols; j += lanes) visit(count, j, cols - j < lanes ? cols - j : lanes, false, block.picks);
         }
         for (size_t j = 0; j < cols; j += lanes) {
             const size_t rest = cols - j < lanes ? cols - j : lanes;
@@ -142,8 +157,7 @@ void column_moments(const Block &block, const typename Element<T>::Acc *center, 
                 const unsigned equal = bits(le(square_j, zero)) & bits(le(sum_j, zero)) & bits(le(zero, sum_j));
                 const unsigned all = (1u << rest) - 1;
                 if (((good | equal) & all) != all)  // squares out of range, or NaN
-                    column_sums_wide<T>(reinterpret_cast<const char *>(first + j), block.z_step, block.rows, rest,
-                                        widen(load_some(center + j0 + j, rest)), sum_j, square_j);
+                    column_sums_wide<T>(block, j0 + j, rest, widen(load_some(center + j0 + j, rest)), sum_j, square_j);
             }
             double *const sums = sum + j0 + j, *const squares = square + j0 + j;
             store_partial(sums, load_some(sums, rest) + sum_j, rest);
@@ -158,13 +172,13 @@ void gather(const void *z, ptrdiff_t step, size_t count, typename Element<T>::Ac
     if (step == static_cast<ptrdiff_t>(sizeof(T))) {
         for (size_t i = 0; i < count; i += lanes) {
             const size_t rest = count - i < lanes ? count - i : lanes;
-            store_partial(out + i, load_some(static_cast<const T *>(z) + i, rest), rest);
+            store_partial(out + i, load_in_order(static_cast<const T *>(z) + i, rest), rest);
         }
         return;
     }
     for (size_t i = 0; i < count; ++i) {
         A one[lanes];
-        store_acc(one, load_partial(row_of<T>(z, i, step), 1));
+        store_vector<T>(one, load_partial(row_of<T>(z, i, step), 1));
         out[i] = one[0];
     }
 }

@@ -43,7 +43,7 @@ class RunBits {
 // Calls f(element, vector, count, coefficients...) for every vector of rows one behind the other, so many rows at a
 // time as are whole vectors together; a vector's coefficients are picked from those of these rows. before and after are
 // called for each such lot.
-template <class Before, class F, class After, class... C>
+template <class T, class Before, class F, class After, class... C>
 BN_INLINE void each_of_run(const Block &block, Before before, F f, After after, const C *...of_row) {
     const size_t len = block.len, rows = block.rows, even = len & (~len + 1), lot = lanes / even;
     for (size_t row = 0; row < rows; row += lot) {
@@ -51,8 +51,8 @@ BN_INLINE void each_of_run(const Block &block, Before before, F f, After after, 
         before(row, some);
         const auto vectors = [&](auto... c) BN_LAMBDA_INLINE {
             size_t i = 0;
-            for (; i + lanes <= count; i += lanes) f(begin + i, i / lanes, lanes, permute(c, block.lanes + i)...);
-            if (i < count) f(begin + i, i / lanes, count - i, permute(c, block.lanes + i)...);
+            for (; i + lanes <= count; i += lanes) f(begin + i, i / lanes, lanes, Element<T>::Order::picked(c, block.lanes + i)...);
+            if (i < count) f(begin + i, i / lanes, count - i, Element<T>::Order::picked(c, block.lanes + i)...);
         };
         if (some == lanes)
             vectors(load_acc(of_row + row)...);
@@ -75,7 +75,7 @@ void run_apply(const Block &block, const ForwardCoefficients<float> &c) {
     const auto step = [&, y, z, r, past](size_t i, size_t v, size_t count, Pack<float> m, Pack<float> a, Pack<float> b) BN_LAMBDA_INLINE {
         Pack<float> u = pre_activation(load_some(z + i, count) - m, a, b);
         if constexpr (Residual) u = u + load_some(r + i, count);
-        if constexpr (with_bits) bits.put(v, Act::side(u));
+        if constexpr (with_bits) bits.put(v, Act::template side<typename Element<T>::Order>(u));
         u = Act::value(u);
         if (count == lanes)
             put<T>(y + i, u, past);
@@ -87,7 +87,7 @@ void run_apply(const Block &block, const ForwardCoefficients<float> &c) {
             if (mask) bits.to_rows(mask + static_cast<ptrdiff_t>(row) * mask_step, mask_step, some, len);
         }
     };
-    each_of_run(block, [](size_t, size_t) {}, step, after, c.mean, c.scale, c.shift);
+    each_of_run<T>(block, [](size_t, size_t) {}, step, after, c.mean, c.scale, c.shift);
 }
 
 template <class T, class Act, bool Saved>
@@ -109,7 +109,7 @@ void run_input(const Block &block, const BackwardCoefficients<float> &c) {
         const Pack<float> centered = load_some(z + i, count) - m, d = load_some(dy + i, count);
         Pack<float> g;
         if constexpr (with_bits)
-            g = Act::from_side(bits.get(v), d);
+            g = Act::template from_side<typename Element<T>::Order>(bits.get(v), d);
         else
             g = gradient<T, Act, Saved>(d, centered, a, b, saved, i, count);
         const Pack<float> out = a * (fma(centered, c1, c0) + g);
@@ -121,7 +121,7 @@ void run_input(const Block &block, const BackwardCoefficients<float> &c) {
             if (dr) store_partial(dr + i, g, count);
         }
     };
-    each_of_run(block, before, step, [](size_t, size_t) {}, c.mean, c.scale, c.shift, c.k0, c.k1);
+    each_of_run<T>(block, before, step, [](size_t, size_t) {}, c.mean, c.scale, c.shift, c.k0, c.k1);
 }
 
 }  // namespace bn::BN_ISA

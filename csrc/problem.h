@@ -104,8 +104,8 @@ inline int useful_threads(int threads, int64_t values) {
     return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, values / 32768)));
 }
 
-inline void touch(const char *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 4096) __builtin_prefetch(p + i, 0, 2);
+inline void touch(const char *p, int64_t bytes) {  // asked for while others are worked on
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 constexpr int64_t scratch_bytes = 8192;      // a piece of output on its way to memory, in the first-level cache
@@ -182,84 +182,33 @@ auto past_caches(const Kernels<A> &k, int64_t element) {
     };
 }
 
-// How a scratch is written where a mask leaves out some of its elements: 0 in their place. `bits_of(start, some)` gives
-// the mask of these elements of a row, the same for all rows.
-template <class A, class BitsOf>
-auto kept_only(const Kernels<A> &k, int64_t element, bool streams, BitsOf bits_of) {
-    return [&k, element, streams, bits_of](char *to, char *from, int64_t, int64_t rows, int64_t start, int64_t some) {
-        const uint8_t *const bits = bits_of(start, some);
-        const A zero = 0;
-        const int64_t row_bytes = some * element;
-        for (int64_t r = 0; r < rows; ++r)
-            k.keep_plane((streams ? from : to) + r * row_bytes, from + r * row_bytes, bits, static_cast<size_t>(some), &zero);
-        if (streams) k.stream(to, from, static_cast<size_t>(rows * row_bytes));
-    };
-}
-
 // 0 in `rows` rows of `bytes` bytes
 inline void zero(char *out, int64_t step, int64_t rows, int64_t bytes) {
     if (step == bytes) bytes *= rows, rows = 1;
     for (; out && rows--; out += step) memset(out, 0, static_cast<size_t>(bytes));
 }
 
-// A block's rows, in pieces of which `inputs` copies fit a scratch: f(row, rows, start, len).
-template <class F>
-void in_pieces(int64_t rows, int64_t len, int64_t element, F f) {
-    const int64_t piece = std::min(len, scratch_bytes / element), batch = std::max<int64_t>(1, scratch_bytes / (piece * element));
-    for (int64_t row = 0; row < rows; row += batch)
-        for (int64_t start = 0; start < len; start += piece)
-            f(row, std::min(batch, rows - row), start, std::min(piece, len - start));
-}
-
-// Rows of columns of which a mask keeps some. Where the kept ones of these lie together and are kept whole, they are
-// reduced where they are: direct(row, rows). Else they are brought together, some columns at a time:
-// copy(row, j, count, slot, bits) for each, with no bits where the row is kept whole, then reduce(slots, j, count).
-constexpr int64_t columns_together = 256, rows_together = 32;
-template <class Direct, class Copy, class Reduce>
-void over_kept_rows(const Keep &keep, const Columns &g, int64_t row, int64_t end, int64_t j0, int64_t j1, Direct direct,
-                    Copy copy, Reduce reduce) {
-    while (row < end && keep.of(row) == Kept::none) ++row;
-    while (end > row && keep.of(end - 1) == Kept::none) --end;
-    int64_t whole = row;
-    while (whole < end && keep.of(whole) == Kept::all) ++whole;
-    if (whole == end) return row < end ? direct(row, end - row) : void();
-    for (int64_t j = j0; j < j1; j += columns_together) {
-        const int64_t count = std::min(columns_together, j1 - j);
-        int64_t slots = 0;
-        for (int64_t r = row; r < end; ++r) {
-            const Kept kept = keep.of(r);
-            if (kept == Kept::none) continue;
-            uint8_t bits[columns_together / 8 + 16];
-            if (kept == Kept::some) keep.columns(g, r, j, count, bits);
-            copy(r, j, count, slots, kept == Kept::some ? bits : nullptr);
-            if (++slots == rows_together) reduce(slots, j, count), slots = 0;
-        }
-        if (slots) reduce(slots, j, count);
+// Rows of columns of which a mask keeps some: reduce(picks, rows, j, len, bits) with the rows there are, and what is kept
+// of them where that is not all; some rows and columns at a time then.
+constexpr int64_t columns_together = 2048, rows_together = 32, kept_bytes = columns_together / 8 + 8;
+template <class Reduce>
+void over_kept_rows(const Keep &keep, const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, Reduce reduce) {
+    int32_t picks[Columns::block_rows];
+    int64_t count = 0;
+    bool whole = true;
+    for (int64_t r = 0; r < rows; ++r) {
+        picks[count] = static_cast<int32_t>(r);
+        count += keep.of(row + r) != Kept::none;
+        whole &= keep.of(row + r) != Kept::some;
     }
-}
-
-// The same for rows of several lines of values, a line kept or not: the kept ones one behind the other make rows of
-// their own. copy(row, line, slot), then reduce(first element, rows, count) for those that are full, and for the last.
-template <class Copy, class Reduce>
-void over_kept_lines(const Keep &keep, const Columns &g, int64_t row, int64_t end, int64_t j1, Copy copy, Reduce reduce) {
-    const int64_t lines = g.cols / g.c, room = columns_together * rows_together / g.cols * lines;
-    int64_t slot = 0;
-    const auto empty = [&] {
-        const int64_t rows = slot / lines, last = slot % lines;
-        if (rows) reduce(0, rows, g.cols);
-        if (last) reduce(rows * g.cols, 1, last * g.c);
-        slot = 0;
-    };
-    for (; row < end; ++row) {
-        if (keep.of(row) == Kept::none) continue;
-        const uint8_t *const kept = keep.lines(g, row);
-        for (int64_t line = 0; line < j1 / g.c; ++line) {
-            if (!kept[line]) continue;
-            copy(row, line, slot);
-            if (++slot == room) empty();
+    if (whole && count) return reduce(count < rows ? picks : nullptr, count, j0, j1 - j0, nullptr);
+    uint8_t bits[rows_together * kept_bytes];
+    for (int64_t j = j0; j < j1; j += columns_together)
+        for (int64_t i = 0; i < count; i += rows_together) {
+            const int64_t len = std::min(columns_together, j1 - j), some = std::min(rows_together, count - i);
+            for (int64_t k = 0; k < some; ++k) keep.row(g, row + picks[i + k], j, len, bits + k * kept_bytes);
+            reduce(picks + i, some, j, len, bits);
         }
-    }
-    empty();
 }
 
 // Rows of columns in the order that a map takes them: whole(row, rows), some(row, rows), none(row, rows).

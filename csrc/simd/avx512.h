@@ -20,6 +20,8 @@ struct Native<float> {
     static BN_INLINE M lt(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
     static BN_INLINE M le(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
     static BN_INLINE V select(M m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }
+    static BN_INLINE V only(M m, V a) { return _mm512_maskz_mov_ps(m, a); }
+    static BN_INLINE V without(M m, V a) { return _mm512_maskz_mov_ps(static_cast<M>(~m), a); }
     static BN_INLINE unsigned bits(M m) { return m; }
     static BN_INLINE M from_bits(unsigned b) { return static_cast<M>(b); }
 };
@@ -38,6 +40,8 @@ struct Native<double> {
     static BN_INLINE M lt(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
     static BN_INLINE M le(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
     static BN_INLINE V select(M m, V a, V b) { return _mm512_mask_blend_pd(m, b, a); }
+    static BN_INLINE V only(M m, V a) { return _mm512_maskz_mov_pd(m, a); }
+    static BN_INLINE V without(M m, V a) { return _mm512_maskz_mov_pd(static_cast<M>(~m), a); }
     static BN_INLINE unsigned bits(M m) { return m; }
     static BN_INLINE M from_bits(unsigned b) { return static_cast<M>(b); }
 };
@@ -56,9 +60,9 @@ struct Halves {
 };
 
 BN_INLINE Pack<float> widen(Halves h, bf16) {
-    return {{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h.v), 16))}};
+    return all_of<float>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h.v), 16)));
 }
-BN_INLINE Pack<float> widen(Halves h, f16) { return {{_mm512_cvtph_ps(h.v)}}; }
+BN_INLINE Pack<float> widen(Halves h, f16) { return all_of<float>(_mm512_cvtph_ps(h.v)); }
 
 BN_INLINE Halves narrow(Pack<float> v, bf16) {
 #if defined(__AVX512BF16__)
@@ -82,7 +86,7 @@ BN_INLINE Pack<double> widen(Pack<float> a) {
 }
 
 BN_INLINE Pack<float> load_first(const float *p, size_t count) {
-    return {{_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)}};
+    return all_of<float>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
 }
 BN_INLINE Pack<double> load_first(const double *p, size_t count) {
     const unsigned which = (1u << count) - 1;
@@ -101,7 +105,7 @@ BN_INLINE void store_first(double *p, Pack<double> v, size_t count) {
 }
 
 BN_INLINE Pack<float> to_exponent(Pack<float> t) {
-    return {{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t.v[0]), 23))}};
+    return all_of<float>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t.v[0]), 23)));
 }
 
 #define BN_PERMUTES
@@ -110,6 +114,8 @@ BN_INLINE Pack<float> permute(Pack<float> a, const int8_t *which) {
     a.v[0] = _mm512_permutexvar_ps(i, a.v[0]);
     return a;
 }
+
+using OrderOfBf16 = InOrder<float>;
 
 inline void stream_bytes(void *to, const void *from, size_t bytes) {
     copy_lines(to, from, bytes, [](char *t, const char *f) BN_LAMBDA_INLINE {

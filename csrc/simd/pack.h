@@ -3,13 +3,15 @@
 // set: nothing here may be shared between translation units built with different flags.
 //
 // The header of an instruction set (avx512.h, avx2.h, sse2.h, neon.h; simd.h picks one) includes this one and gives
-//   Native<float>, Native<double>   one vector: load, store, stream, set1, fma, max, min, lt, le, select, bits, from_bits
+//   Native<float>, Native<double>   one vector: load, store, stream, set1, fma, max, min, lt, le, select, only,
+//                                   without, bits, from_bits
 //   Halves                          16 elements of two bytes: load, store, stream, and of the first `count` alone
 //   widen, narrow                   Halves of bf16 or f16 to a pack of floats and back; a pack of floats to doubles
 //   load_first, store_first         the first count < 16 lanes of a pack; the others are 0, and nothing beyond is touched
 //   to_exponent                     the low byte of each lane's bits becomes its exponent
 //   stream_bytes, fence             copies past the caches
 //   permute                         where BN_PERMUTES is defined: lane i becomes lane which[i]
+//   OrderOfBf16                     in which lanes 16 neighbours of that type are: InOrder<float>, or one of its own
 #pragma once
 #include <string.h>
 #include "dtypes.h"
@@ -30,17 +32,23 @@ struct Native;
 
 constexpr int lanes = 16;
 
-template <class A>
-struct Pack {
-    using N = Native<A>;
-    static constexpr int n = lanes / N::W;
-    typename N::V v[n];
+// Copied vector by vector: gcc 12 copies a plain struct of two in halves by way of the stack, and to read a vector whole
+// that was written in halves waits for both (20 cycles, more than all else in a loop).
+template <class V, int N>
+struct Vectors {
+    static constexpr int n = N;
+    V v[N];
+    Vectors() = default;
+    BN_INLINE Vectors(const Vectors &o) { *this = o; }
+    BN_INLINE Vectors &operator=(const Vectors &o) {
+        BN_UNROLL for (int i = 0; i < N; ++i) v[i] = o.v[i];
+        return *this;
+    }
 };
-
 template <class A>
-struct Mask {
-    typename Native<A>::M m[Pack<A>::n];
-};
+struct Pack : Vectors<typename Native<A>::V, lanes / Native<A>::W> {};
+template <class A>
+struct Mask : Vectors<typename Native<A>::M, lanes / Native<A>::W> {};
 
 #define BN_EACH BN_UNROLL for (int i = 0; i < Pack<A>::n; ++i)
 
@@ -48,6 +56,12 @@ template <class A>
 BN_INLINE Pack<A> set1(A x) {
     Pack<A> r;
     BN_EACH r.v[i] = Native<A>::set1(x);
+    return r;
+}
+template <class A>
+BN_INLINE Pack<A> all_of(typename Native<A>::V vector) {
+    Pack<A> r;
+    BN_EACH r.v[i] = vector;
     return r;
 }
 template <class A>
@@ -89,35 +103,41 @@ BN_INLINE Pack<A> min(Pack<A> a, Pack<A> b) {
 template <class A>
 BN_INLINE Mask<A> lt(Pack<A> a, Pack<A> b) {
     Mask<A> r;
-    BN_EACH r.m[i] = Native<A>::lt(a.v[i], b.v[i]);
+    BN_EACH r.v[i] = Native<A>::lt(a.v[i], b.v[i]);
     return r;
 }
 template <class A>
 BN_INLINE Mask<A> le(Pack<A> a, Pack<A> b) {
     Mask<A> r;
-    BN_EACH r.m[i] = Native<A>::le(a.v[i], b.v[i]);
+    BN_EACH r.v[i] = Native<A>::le(a.v[i], b.v[i]);
     return r;
 }
 template <class A>
 BN_INLINE Pack<A> select(Mask<A> m, Pack<A> a, Pack<A> b) {
-    BN_EACH a.v[i] = Native<A>::select(m.m[i], a.v[i], b.v[i]);
+    BN_EACH a.v[i] = Native<A>::select(m.v[i], a.v[i], b.v[i]);
+    return a;
+}
+template <class A>
+BN_INLINE Pack<A> only(Mask<A> m, Pack<A> a) {  // 0 where it does not hold
+    BN_EACH a.v[i] = Native<A>::only(m.v[i], a.v[i]);
+    return a;
+}
+template <class A>
+BN_INLINE Pack<A> without(Mask<A> m, Pack<A> a) {  // 0 where it holds
+    BN_EACH a.v[i] = Native<A>::without(m.v[i], a.v[i]);
     return a;
 }
 template <class A>
 BN_INLINE unsigned bits(Mask<A> m) {
     unsigned b = 0;
-    BN_EACH b |= Native<A>::bits(m.m[i]) << (i * Native<A>::W);
+    BN_EACH b |= Native<A>::bits(m.v[i]) << (i * Native<A>::W);
     return b;
 }
 template <class A>
 BN_INLINE Mask<A> mask_from(unsigned b) {
     Mask<A> m;
-    BN_EACH m.m[i] = Native<A>::from_bits((b >> (i * Native<A>::W)) & ((1u << Native<A>::W) - 1));
+    BN_EACH m.v[i] = Native<A>::from_bits((b >> (i * Native<A>::W)) & ((1u << Native<A>::W) - 1));
     return m;
-}
-template <class A>
-BN_INLINE Pack<A> keep_first(Pack<A> a, size_t count) {  // lanes from count on become 0
-    return select(mask_from<A>((1u << count) - 1), a, set1<A>(0));
 }
 template <class A>
 BN_INLINE Pack<A> load_acc(const A *p) {
@@ -133,6 +153,16 @@ template <class A>
 BN_INLINE void stream_acc(A *p, Pack<A> a) {  // past the caches, where there is such a store; p is aligned
     BN_EACH Native<A>::stream(p + i * Native<A>::W, a.v[i]);
 }
+// Lane i is value i. An order of its own has vectors in memory read and written in that order, and bits in those of
+// the values; `turned` makes one order of the other.
+template <class A>
+struct InOrder {
+    static BN_INLINE Pack<A> turned(Pack<A> a) { return a; }
+    static BN_INLINE Pack<A> load(const A *p) { return load_acc(p); }
+    static BN_INLINE Mask<A> mask(unsigned b) { return mask_from<A>(b); }
+    static BN_INLINE unsigned bits(Mask<A> m) { return BN_ISA::bits(m); }
+    static BN_INLINE Pack<A> picked(Pack<A> in_order, const int8_t *which) { return permute(in_order, which); }
+};
 template <class A>
 BN_INLINE double sum_lanes(Pack<A> a) {  // a fixed tree, in double
     A x[lanes];

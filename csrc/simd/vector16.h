@@ -24,6 +24,8 @@ struct Vector16 {
     static BN_INLINE M lt(V a, V b) { return a < b; }
     static BN_INLINE M le(V a, V b) { return a <= b; }
     static BN_INLINE V select(M m, V a, V b) { return m ? a : b; }
+    static BN_INLINE V only(M m, V a) { return (V)(m & (M)a); }
+    static BN_INLINE V without(M m, V a) { return (V)(~m & (M)a); }
     static BN_INLINE unsigned bits(M m) {
         unsigned b = 0;
         BN_UNROLL for (int i = 0; i < N; ++i) b |= static_cast<unsigned>(m[i] & 1) << i;
@@ -152,6 +154,8 @@ template <class A>
 BN_INLINE void store_first(A *p, Pack<A> v, size_t count) {
     store_first_by_copy(p, v, count);
 }
+
+using OrderOfBf16 = InOrder<float>;
 
 BN_INLINE Pack<float> to_exponent(Pack<float> t) {
     typedef uint32_t U __attribute__((vector_size(16)));
