@@ -118,7 +118,7 @@ class ForwardStep {
     void touch(const Planes &g, int64_t u, int64_t c0, int64_t c1) const {
         const int64_t n = u / g.pieces, at = g.start(u) * element, bytes = g.length(u) * (c1 - c0) * element;
         bn::touch(z.at(n, c0) + at, bytes);
-        if (r) bn::touch(r.at(n, c0) + at, bytes);
+        if (r) bn::touch(r.at(n, c0) + at, bytes, 4096);
     }
 
     void map_unit(const Planes &g, int64_t u, int64_t c0, int64_t c1) {

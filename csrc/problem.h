@@ -104,8 +104,9 @@ inline int useful_threads(int threads, int64_t values) {
     return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, values / 32768)));
 }
 
-inline void touch(const char *p, int64_t bytes) {  // asked for while others are worked on
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+// asked for while others are worked on: every line, or one of each page
+inline void touch(const char *p, int64_t bytes, int64_t step = 64) {
+    for (int64_t i = 0; i < bytes; i += step) __builtin_prefetch(p + i, 0, 2);
 }
 
 constexpr int64_t scratch_bytes = 8192;      // a piece of output on its way to memory, in the first-level cache
