@@ -55,19 +55,25 @@ class Keep {
     int64_t sample[3] = {};
 
   private:
-    // lines of c values, each kept or not
+    // lines of c values, each kept or not; without a branch on that, for masks are random, and by way of a register: a word
+    // that is read from memory again right behind where it was written waits
     void of_lines(const Columns &g, int64_t r, int64_t j, int64_t number, uint8_t *out) const {
-        memset(out, 0, static_cast<size_t>((number + 7) / 8));
         const uint8_t *line = lines(g, r) + j / g.c;
-        for (int64_t at = 0, left = g.c - j % g.c; at < number;) {
-            const int64_t some = std::min({left, number - at, int64_t{56}});
-            uint64_t word;
-            memcpy(&word, out + at / 8, 8);
-            word |= (-static_cast<uint64_t>(*line) & ((uint64_t{1} << some) - 1)) << at % 8;  // without a branch: masks are random
-            memcpy(out + at / 8, &word, 8);
-            at += some, left -= some;
+        uint64_t word = 0;
+        int64_t full = 0;  // bits of it
+        for (int64_t left = g.c - j % g.c; number > 0;) {
+            const int64_t some = std::min({left, number, int64_t{32}});
+            const uint64_t these = -static_cast<uint64_t>(*line) & ((uint64_t{1} << some) - 1);
+            word |= these << full;
+            full += some, number -= some, left -= some;
+            if (full >= 64) {
+                memcpy(out, &word, 8);
+                out += 8, full -= 64;
+                word = these >> (some - full);
+            }
             if (!left) left = g.c, ++line;
         }
+        memcpy(out, &word, 8);
     }
 
     // short planes, every channel's the same
