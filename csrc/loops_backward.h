@@ -183,7 +183,7 @@ template <class T, class Act, bool Columns, bool Saved>
 void input(const Block &block, const BackwardCoefficients<typename Element<T>::Acc> &c) {
     size_t row = 0;
     if constexpr (Columns && !Act::heavy)
-        for (; !block.kept && row + rows_at_once <= block.rows; row += rows_at_once) input_rows<T, Act, true, Saved, rows_at_once>(block, c, row);
+        for (; !block.kept && block.len < wide_row && row + rows_at_once <= block.rows; row += rows_at_once) input_rows<T, Act, true, Saved, rows_at_once>(block, c, row);
     for (; row < block.rows; ++row) input_rows<T, Act, Columns, Saved, 1>(block, c, row);
 }
 

@@ -75,7 +75,8 @@ struct Ahead {
     }
 };
 
-constexpr size_t rows_at_once = 4;  // of a map by columns
+constexpr size_t rows_at_once = 4;  // of a map by columns; of wide rows one at a time: four evict each other (3 times as long)
+constexpr size_t wide_row = 1024;
 
 template <class T, class Act, bool Columns, bool Residual>
 void apply(const Block &block, const ForwardCoefficients<typename Element<T>::Acc> &c);
@@ -151,7 +152,7 @@ template <class T, class Act, bool Columns, bool Residual>
 void apply(const Block &block, const ForwardCoefficients<typename Element<T>::Acc> &c) {
     size_t row = 0;
     if constexpr (Columns && !Act::heavy)
-        for (; !block.kept && row + rows_at_once <= block.rows; row += rows_at_once) apply_rows<T, Act, true, Residual, rows_at_once>(block, c, row);
+        for (; !block.kept && block.len < wide_row && row + rows_at_once <= block.rows; row += rows_at_once) apply_rows<T, Act, true, Residual, rows_at_once>(block, c, row);
     for (; row < block.rows; ++row) apply_rows<T, Act, Columns, Residual, 1>(block, c, row);
 }
 
