@@ -75,7 +75,7 @@ struct Ahead {
     }
 };
 
-constexpr size_t rows_at_once = 4;  // of a map by columns; of wide rows one at a time: four evict each other (3 times as long)
+constexpr size_t rows_at_once = 4;  // of a map by columns; of wide rows one at a time: four took 3 times as long
 constexpr size_t wide_row = 1024;
 
 template <class T, class Act, bool Columns, bool Residual>

@@ -69,6 +69,7 @@ def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").exists()
 
 
+@pytest.mark.slow
 def test_a_script_of_a_user_type_checks_strictly(tmp_path):
     assert "Success" in check(tmp_path, SCRIPT)
 

@@ -50,7 +50,7 @@ def test_ours_written_in_computes_the_same_gradients(name):
 
 
 def test_a_training_step_is_timed_in_turns(capsys):
-    from steps import time_steps
+    from batchnorm_lab.bench.steps import time_steps
 
     threads = torch.get_num_threads()
     try:

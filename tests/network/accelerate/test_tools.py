@@ -388,7 +388,8 @@ def test_models_of_one_class_with_other_settings_and_sizes_leave_one_another_alo
         torch.testing.assert_close(model(x), plain(x))
         assert together(model)
         compiled.append(model._compiled_call_impl.compiled)
-    assert [len(c.graphs) for c in compiled] == [1, 1, 1]
+    # not the number of graphs: Dynamo may look at a frame twice before it keeps it
+    assert [c.recompiled for c in compiled] == [[], [], []]
 
 
 def test_eps_and_momentum_that_change_stay_called_together():
