@@ -49,6 +49,10 @@ def story(whole_run):
     return whole_run[2]
 
 
+def test_what_insert_did_is_told_as_a_table(told, story):
+    assert str(story.insertion.record) in told[0]
+
+
 def test_the_report_stands_alone(told):
     text, path = told
     page = path.read_text()

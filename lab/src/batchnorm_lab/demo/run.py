@@ -100,7 +100,8 @@ def tell(story: Story, console: Console) -> None:
         Where to.
     """
     console.rule("1. normalized")
-    console.print(story.insertion.record)
+    # as text: rich would show a dataclass field by field
+    console.print(str(story.insertion.record), markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"Inserted into a trained network with its data, answers change by {story.insertion.jump:.1e} at most "
         f"(the largest is {story.insertion.largest_answer:.1f})."
