@@ -10,7 +10,7 @@ WORKERS ?= 2
 .PHONY: demo demo-distributed test test-all tiny lint docs bench sanitize studies sdist wheels clean
 
 # pip's torch for Linux brings CUDA, several gigabytes. Without a GPU:
-#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   make demo TORCH_INDEX=ADDRESS   (what PyTorch's installation page gives for CPU)
 TORCH_INDEX ?=
 SOURCES := pyproject.toml lab/pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
