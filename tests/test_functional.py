@@ -321,3 +321,16 @@ def test_eps_of_0_is_right_in_inference_and_refused_in_training():
     torch.testing.assert_close(batch_norm(z, mean, var, eps=0.0), want)
     with pytest.raises(batchnorm.ArgumentError, match="eps"):
         batch_norm(z, mean, var, training=True, eps=0.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("step", [0, 2], ids=["expanded", "strided"])
+def test_vectors_of_any_strides_give_the_gradients_of_dense_ones(step, training):
+    # torch 2.13 reads such a weight as if its values lay together, and gives wrong gradients without a word
+    weight = torch.linspace(0.5, 2.0, 12).as_strided((6,), (step,))
+    gradients = []
+    for vector in (weight.clone(memory_format=torch.contiguous_format), weight):
+        z = torch.arange(48.0).reshape(8, 6).sin().requires_grad_()
+        y = batchnorm.functional.batch_norm(z, torch.zeros(6), torch.ones(6), vector, vector, training)
+        gradients.append(torch.autograd.grad((y * torch.arange(48.0).reshape(8, 6).cos()).sum(), z)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
