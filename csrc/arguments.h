@@ -118,7 +118,7 @@ class Arguments {
         for (int64_t i = 0; i < at.values; ++i) kept += bytes[i];
         if (kept == at.values) return nullptr;
         // rows that are kept or not are better not side by side, but where they are short
-        if (at.shape.form == Form::side_by_side && at.shape.c >= 32 && !form_is_given) at.shape.form = Form::columns;
+        if (at.shape.form == Form::side_by_side && (at.shape.c >= 32 || at.shape.c % 16 == 0) && !form_is_given) at.shape.form = Form::columns;
         keep = std::make_unique<Keep>(at.shape, bytes, kept);
         return keep.get();
     }

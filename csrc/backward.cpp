@@ -133,20 +133,24 @@ class BackwardStep {
 
     void reduce_block(const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, const Coefficients &all,
                       double *sum, double *product) {
-        const auto reduce = [&](const int32_t *picks, int64_t count, int64_t j, int64_t len, const uint8_t *bits) {
-            Block b = block(g, row, count, j, len);
-            b.picks = picks;
+        const auto reduce = [&](int64_t first, int64_t count, int64_t j, int64_t len, const uint8_t *lines, const uint8_t *bits) {
+            Block b = block(g, first, count, j, len);
+            b.lines = lines;
             b.kept = bits;
             b.kept_step = kept_bytes;
             column_reduce(b, shifted(all.c, j), sum + (j - j0), product + (j - j0));
         };
-        if (!p.keep) return reduce(nullptr, rows, j0, j1 - j0, nullptr);
+        if (!p.keep) return reduce(row, rows, j0, j1 - j0, nullptr, nullptr);
         over_kept_rows(*p.keep, g, row, rows, j0, j1, reduce);
     }
 
     void map_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
         if (!p.keep) return map_whole_rows(g, row, rows, len, all);
-        if (g.s == 1 && !g.repeated() && mixed(*p.keep, row, rows)) return map_mixed_rows(g, row, rows, len, all);
+        if (mixed(*p.keep, g, row, rows)) {
+            Block b = to_outputs(g, row, rows, len);
+            b.lines = p.keep->lines(g, row);
+            return map_block(b, all.c);
+        }
         by_kept_rows(
             *p.keep, row, row + rows, [&](int64_t r, int64_t count) { map_whole_rows(g, r, count, len, all); },
             [&](int64_t r, int64_t count) {
@@ -175,7 +179,11 @@ class BackwardStep {
         const int64_t rows = static_cast<int64_t>(b.rows);
         if (!streams || (on_vectors(b.out, b.step, rows, element) && on_vectors(b.out_residual, b.step, rows, element)))
             return column_input(b, c);
-        block_through_scratch(b, c, past_caches(k, element));
+        through_scratch(past_caches(k, element), static_cast<char *>(b.out), static_cast<char *>(b.out_residual), rows,
+                        static_cast<int64_t>(b.len), element,
+                        [&](int64_t first, int64_t count, int64_t start, int64_t some, char *to, char *to_r) {
+                            column_input(part(b, first, count, start, some, to, to_r), shifted(c, start));
+                        });
     }
 
     // a row of which a mask keeps some elements
@@ -191,31 +199,6 @@ class BackwardStep {
             piece.stream = streams;
             map_block(piece, shifted(all.c, j));
         }
-    }
-
-    // rows that a mask keeps or not, often in turn: what is computed of the others is overwritten
-    void map_mixed_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
-        const int64_t first_element = row * g.cols * element, values = (rows - 1) * g.cols + len;
-        if (!streams) {
-            map_whole_rows(g, row, rows, len, all);
-            p.keep->zero_lines(g, row, 0, values, dz.p + first_element, element);
-            if (dr) p.keep->zero_lines(g, row, 0, values, dr.p + first_element, element);
-            return;
-        }
-        block_through_scratch(to_outputs(g, row, rows, len), all.c,
-                              [&](char *to, char *from, int64_t first, int64_t some_rows, int64_t start, int64_t some) {
-                                  p.keep->zero_lines(g, row + first, start, some_rows * some, from, element);
-                                  k.stream(to, from, static_cast<size_t>(some_rows * some * element));
-                              });
-    }
-
-    template <class Write>
-    void block_through_scratch(const Block &b, const BackwardCoefficients<A> &c, Write write) {
-        through_scratch(write, static_cast<char *>(b.out), static_cast<char *>(b.out_residual), static_cast<int64_t>(b.rows),
-                        static_cast<int64_t>(b.len), element,
-                        [&](int64_t first, int64_t count, int64_t start, int64_t some, char *to, char *to_r) {
-                            column_input(part(b, first, count, start, some, to, to_r), shifted(c, start));
-                        });
     }
 
     Block to_outputs(const Columns &g, int64_t row, int64_t rows, int64_t len) const {
@@ -272,6 +255,7 @@ class BackwardStep {
             b.saved = static_cast<const char *>(b.saved) +
                       (bits ? row * b.mask_step + start / 8 : row * b.step + start * element);
         if (b.kept) b.kept += row * b.kept_step + start / 8;
+        if (b.lines) b.lines += row;
         b.out = to;
         b.out_residual = to_r;
         b.rows = static_cast<size_t>(rows);

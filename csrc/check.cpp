@@ -304,6 +304,12 @@ int main(int argc, char **argv) {
                             else
                                 check_masked<float>(x, static_cast<Activation>(act), residual, kind);
                         }
+                        if (x.form != Form::side_by_side) continue;
+                        x.form = Form::columns;  // as a mask takes rows of whole vectors, see arguments.h
+                        if (x.dtype == DType::f64)
+                            check_masked<double>(x, static_cast<Activation>(act), residual, 0);
+                        else
+                            check_masked<float>(x, static_cast<Activation>(act), residual, 0);
                     }
                 }
         std::printf("%s, last level %zu KiB: %d failures\n", isa, cache().last >> 10, failures);

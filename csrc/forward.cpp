@@ -171,19 +171,19 @@ class ForwardStep {
 
     void reduce_block(const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, const Coefficients &all,
                       double *sum, double *square) {
-        const auto reduce = [&](const int32_t *picks, int64_t count, int64_t j, int64_t len, const uint8_t *bits) {
+        const auto reduce = [&](int64_t first, int64_t count, int64_t j, int64_t len, const uint8_t *lines, const uint8_t *bits) {
             Block b;
-            b.z = z.p + (row * g.z_stride + j) * element;
+            b.z = z.p + (first * g.z_stride + j) * element;
             b.z_step = g.z_stride * element;
             b.rows = static_cast<size_t>(count);
             b.len = static_cast<size_t>(len);
-            b.picks = picks;
+            b.lines = lines;
             b.kept = bits;
             b.kept_step = kept_bytes;
             if (wide()) return wide_columns(b, all.center + j, sum + (j - j0), square + (j - j0));
             k.column_moments(b, all.center + j, sum + (j - j0), square + (j - j0));
         };
-        if (!p.keep) return reduce(nullptr, rows, j0, j1 - j0, nullptr);
+        if (!p.keep) return reduce(row, rows, j0, j1 - j0, nullptr, nullptr);
         over_kept_rows(*p.keep, g, row, rows, j0, j1, reduce);
     }
 
@@ -206,7 +206,11 @@ class ForwardStep {
 
     void map_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
         if (!p.keep) return map_whole_rows(g, row, rows, len, all);
-        if (g.s == 1 && !g.repeated() && mixed(*p.keep, row, rows)) return map_mixed_rows(g, row, rows, len, all);
+        if (mixed(*p.keep, g, row, rows)) {
+            Block b = block(g, row, rows, len);
+            b.lines = p.keep->lines(g, row);
+            return map_block(b, all.c);
+        }
         by_kept_rows(
             *p.keep, row, row + rows, [&](int64_t r, int64_t count) { map_whole_rows(g, r, count, len, all); },
             [&](int64_t r, int64_t count) {
@@ -231,7 +235,10 @@ class ForwardStep {
 
     void map_block(const Block &b, const ForwardCoefficients<A> &c) {
         if (!streams || on_vectors(b.out, b.step, static_cast<int64_t>(b.rows), element)) return apply_column(b, c);
-        block_through_scratch(b, c, past_caches(k, element));
+        through_scratch(past_caches(k, element), static_cast<char *>(b.out), nullptr, static_cast<int64_t>(b.rows), static_cast<int64_t>(b.len),
+                        element, [&](int64_t first, int64_t count, int64_t start, int64_t some, char *to, char *) {
+                            apply_column(part(b, first, count, start, some, to), shifted(c, start));
+                        });
     }
 
     // a row of which a mask keeps some elements
@@ -246,27 +253,6 @@ class ForwardStep {
             piece.stream = streams;
             map_block(piece, shifted(all.c, j));
         }
-    }
-
-    // rows that a mask keeps or not, often in turn: what is computed of the others is overwritten
-    void map_mixed_rows(const Columns &g, int64_t row, int64_t rows, int64_t len, const Coefficients &all) {
-        if (!streams) {
-            map_whole_rows(g, row, rows, len, all);
-            return p.keep->zero_lines(g, row, 0, (rows - 1) * g.cols + len, y.p + row * g.cols * element, element);
-        }
-        block_through_scratch(block(g, row, rows, len), all.c,
-                              [&](char *to, char *from, int64_t first, int64_t some_rows, int64_t start, int64_t some) {
-                                  p.keep->zero_lines(g, row + first, start, some_rows * some, from, element);
-                                  k.stream(to, from, static_cast<size_t>(some_rows * some * element));
-                              });
-    }
-
-    template <class Write>
-    void block_through_scratch(const Block &b, const ForwardCoefficients<A> &c, Write write) {
-        through_scratch(write, static_cast<char *>(b.out), nullptr, static_cast<int64_t>(b.rows), static_cast<int64_t>(b.len), element,
-                        [&](int64_t first, int64_t count, int64_t start, int64_t some, char *to, char *) {
-                            apply_column(part(b, first, count, start, some, to), shifted(c, start));
-                        });
     }
 
     static ForwardCoefficients<A> shifted(const ForwardCoefficients<A> &c, int64_t j) {
@@ -321,6 +307,7 @@ class ForwardStep {
         if (b.saved) b.saved = static_cast<const char *>(b.saved) + row * b.step + start * element;
         if (b.mask) b.mask += row * b.mask_step + start / 8;
         if (b.kept) b.kept += row * b.kept_step + start / 8;
+        if (b.lines) b.lines += row;
         b.out = to;
         b.rows = static_cast<size_t>(rows);
         b.len = static_cast<size_t>(len);

@@ -38,19 +38,6 @@ class Keep {
         g.repeated() ? of_lines(g, r, j, number, out) : of_planes(g, r, j, number, out);
     }
 
-    // 0 in place of what is not kept, in `number` elements from element `start` of a row on
-    void zero_lines(const Columns &g, int64_t row, int64_t start, int64_t number, char *to, int64_t element) const {
-        const uint8_t *const kept_lines = lines(g, row);
-        for (int64_t j = start, end = start + number; j < end;) {
-            const int64_t line = j / g.c;
-            int64_t next = line + 1;
-            while (next * g.c < end && kept_lines[next] == kept_lines[line]) ++next;
-            const int64_t stop = std::min(end, next * g.c);
-            if (!kept_lines[line]) memset(to + (j - start) * element, 0, static_cast<size_t>((stop - j) * element));
-            j = stop;
-        }
-    }
-
     const int64_t count;  // values of a channel that are kept
     int64_t sample[3] = {};
 
@@ -106,6 +93,10 @@ class Keep {
     void look_at_rows(const Columns &g) {
         kept.reset(new Kept[static_cast<size_t>(g.all_rows())]);
         const int64_t each = g.cols / (g.c * g.s) * g.s;
+        if (each == 1) {
+            for (int64_t r = 0; r < positions; ++r) kept[r] = bytes[r] ? Kept::all : Kept::none;
+            return;
+        }
         for (int64_t r = 0; r < g.all_rows(); ++r) kept[r] = look(r * each, std::min(each, positions - r * each));
     }
 

@@ -44,7 +44,7 @@ struct Block {
     bool stream = false;  // stores go past the caches: `out` and `step` are multiples of a vector
     const uint8_t *kept = nullptr;  // what a mask keeps of a row's elements, bits; the others are no part of a sum, and 0 in an output
     ptrdiff_t kept_step = 0;        // bytes from row to row: 0 where it is the same for all
-    const int32_t *picks = nullptr; // sums by columns: the rows that there are, counted from the first; nullptr: all
+    const uint8_t *lines = nullptr; // the same of whole rows to a column kernel, a byte each: 0, or 1 where it is kept
     const int8_t *lanes = nullptr;  // run kernels: which of 16 / gcd(len, 16) rows each element of so many rows is in
 };
 

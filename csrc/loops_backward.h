@@ -65,24 +65,27 @@ void column_reduce(const Block &block, const BackwardCoefficients<typename Eleme
         memset(t, 0, padded * sizeof(A));
         for (size_t row = 0; row < block.rows; row += group) {
             const size_t count = block.rows - row < group ? block.rows - row : group;
-            const Visited<T, group> zs(block, block.z, block.z_step, row, j0), dys(block, block.dy, block.step, row, j0);
+            const T *const zs = row_of<T>(block.z, row, block.z_step) + j0, *const dys = row_of<T>(block.dy, row, block.step) + j0;
+            const Ahead<T, group> next_z(zs, block.z_step, block.len), next_dy(dys, block.step, block.len);
+            const Lines<T, group> line(block.lines, row, count);
             const void *saved[group] = {};
             if constexpr (Saved)
-                for (size_t k = 0; k < count; ++k) saved[k] = saved_row<Act, Saved>(block, picked_row(block, row + k));
-            const auto visit = [&](size_t count, size_t j, size_t rest, bool all, bool picks) BN_LAMBDA_INLINE {
+                for (size_t k = 0; k < count; ++k) saved[k] = saved_row<Act, Saved>(block, row + k);
+            const auto visit = [&](size_t count, size_t j, size_t rest, bool all) BN_LAMBDA_INLINE {
                 const auto vec = [&](const A *p) BN_LAMBDA_INLINE { return vector_of<T>(p + j0 + j, rest); };
                 const Pack<A> mean = vec(c.mean), inv = vec(c.inv_std);
                 // dead code where the activation needs no pre-activation
                 const Pack<A> scale = vec(c.scale), shift = vec(c.shift);
                 Pack<A> sj = vector_of<T>(s + j), tj = vector_of<T>(t + j);
                 for (size_t k = 0; k < count; ++k) {
-                    Pack<A> centered = load_some(zs.row(k, picks) + j, rest) - mean;
-                    Pack<A> g = gradient<T, Act, Saved>(load_some(dys.row(k, picks) + j, rest), centered, scale, shift,
-                                                        saved[k], j0 + j, rest);
+                    Pack<A> centered = load_some(row_of<T>(zs, k, block.z_step) + j, rest) - mean;
+                    Pack<A> g = gradient<T, Act, Saved>(load_some(row_of<T>(dys, k, block.step) + j, rest), centered, scale,
+                                                        shift, saved[k], j0 + j, rest);
                     if (!all) {
                         const Mask<A> here = mask_of<T>(counted(kept_row(block, row + k), j0 + j, rest));
                         centered = only(here, centered), g = only(here, g);
                     }
+                    centered = line(k, centered), g = line(k, g);
                     sj = sj + g;
                     tj = fma(g, centered * inv, tj);
                 }
@@ -91,15 +94,15 @@ void column_reduce(const Block &block, const BackwardCoefficients<typename Eleme
             };
             size_t j = 0;
             if constexpr (!Act::heavy) {
-                const auto whole = [&](bool picks) BN_LAMBDA_INLINE {
+                const auto whole = [&](bool all) BN_LAMBDA_INLINE {
                     for (; j + lanes <= cols; j += lanes) {
-                        zs.fetch(j, picks), dys.fetch(j, picks);
-                        visit(group, j, lanes, true, picks);
+                        next_z.fetch(j), next_dy.fetch(j);
+                        visit(group, j, lanes, all);
                     }
                 };
-                if (count == group && !block.kept) block.picks ? whole(true) : whole(false);
+                if (count == group) block.kept ? whole(false) : whole(true);
             }
-            for (; j < cols; j += lanes) visit(count, j, cols - j < lanes ? cols - j : lanes, false, block.picks);
+            for (; j < cols; j += lanes) visit(count, j, cols - j < lanes ? cols - j : lanes, false);
         }
         for (size_t j = 0; j < cols; ++j) {
             sum_dy[j0 + j] += static_cast<double>(s[j]);
@@ -124,6 +127,7 @@ BN_INLINE void input_rows(const Block &block, const BackwardCoefficients<typenam
     const Coefficient<T, Columns> mean(c.mean, row), scale(c.scale, row), shift(c.shift, row), k0(c.k0, row), k1(c.k1, row);
     const Ahead<T, together> next_z(z, z_step, len), next_dy(dy, step, len);
     const uint8_t *const kept = together == 1 && block.kept ? block.kept + static_cast<ptrdiff_t>(row) * block.kept_step : nullptr;
+    const Lines<T, together> line(Columns ? block.lines : nullptr, row);
     const auto at = [](auto *p, size_t k, ptrdiff_t by) BN_LAMBDA_INLINE { return row_of<std::remove_pointer_t<decltype(p)>>(p, k, by); };
     const auto whole = [&](size_t i) BN_LAMBDA_INLINE {
         if constexpr (Columns) next_z.fetch(i), next_dy.fetch(i);
@@ -132,7 +136,8 @@ BN_INLINE void input_rows(const Block &block, const BackwardCoefficients<typenam
             const Pack<A> centered = Element<T>::load(at(z, k, z_step) + i) - m;
             Pack<A> g = gradient<T, Act, Saved>(Element<T>::load(at(dy, k, step) + i), centered, a, b,
                                                 saved_row<Act, Saved>(block, row + k), i, lanes);
-            Pack<A> x = a * (fma(centered, c1, c0) + g);
+            Pack<A> x = line(k, a * (fma(centered, c1, c0) + g));
+            g = line(k, g);
             if (kept) {
                 const Mask<A> here = mask_of<T>(get_side(kept, i));
                 x = only(here, x), g = only(here, g);
@@ -164,6 +169,7 @@ BN_INLINE void input_rows(const Block &block, const BackwardCoefficients<typenam
             Block one;
             one.z = zs, one.dy = ds, one.saved = rs, one.out = out, one.out_residual = dr ? out_r : nullptr;
             one.rows = 1, one.len = lanes, one.kept = kept ? kept + i / 8 : nullptr;
+            one.lines = block.lines ? block.lines + row + k : nullptr;
             input<T, Act, true, Saved>(one, {of[0], of[1], of[2], nullptr, of[3], of[4]});
             memcpy(static_cast<void *>(to), out, rest * sizeof(T));
             if (dr) memcpy(static_cast<void *>(to_r), out_r, rest * sizeof(T));
@@ -172,7 +178,7 @@ BN_INLINE void input_rows(const Block &block, const BackwardCoefficients<typenam
             Pack<A> g = gradient<T, Act, Saved>(load_partial(from_dy, rest), centered, a, shift.partial(i, rest), saved, i, rest);
             Pack<A> x = a * (fma(centered, k1.partial(i, rest), k0.partial(i, rest)) + g);
             const Mask<A> here = mask_of<T>(counted(kept, i, rest));
-            x = only(here, x), g = only(here, g);
+            x = line(k, only(here, x)), g = line(k, only(here, g));
             store_partial(to, x, rest);
             if (dr) store_partial(to_r, g, rest);
         }

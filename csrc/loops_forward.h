@@ -43,6 +43,18 @@ BN_INLINE unsigned counted(const uint8_t *kept, size_t i, size_t rest) {
     return (kept ? get_side(kept, i) : 0xffffu) & ((1u << rest) - 1);
 }
 
+// which of some rows count, each for all lanes (nullptr: all)
+template <class T, size_t group>
+struct Lines {
+    using A = typename Element<T>::Acc;
+    bool given;
+    Mask<A> kept[group];
+    BN_INLINE Lines(const uint8_t *lines, size_t row, size_t count = group) : given(lines) {
+        for (size_t k = 0; given && k < count; ++k) kept[k] = mask_of<T>(lines[row + k] ? 0xffffu : 0);
+    }
+    BN_INLINE Pack<A> operator()(size_t k, Pack<A> a) const { return given ? only(kept[k], a) : a; }
+};
+
 template <class T>
 BN_INLINE T *row_of(const void *p, size_t row, ptrdiff_t step) {
     return reinterpret_cast<T *>(const_cast<char *>(static_cast<const char *>(p)) + static_cast<ptrdiff_t>(row) * step);
@@ -95,14 +107,15 @@ BN_INLINE void apply_rows(const Block &block, const ForwardCoefficients<typename
     const Coefficient<T, Columns> mean(c.mean, row), scale(c.scale, row), shift(c.shift, row);
     const Ahead<T, together> next_z(z, z_step, len), next_r(r, by, len);
     const uint8_t *const kept = together == 1 && block.kept ? block.kept + static_cast<ptrdiff_t>(row) * block.kept_step : nullptr;
+    const Lines<T, together> line(Columns ? block.lines : nullptr, row);
     const auto at = [](auto *p, size_t k, ptrdiff_t step) BN_LAMBDA_INLINE { return row_of<std::remove_pointer_t<decltype(p)>>(p, k, step); };
-    const auto value = [=](size_t k, size_t i, Pack<A> x, Pack<A> m, Pack<A> a, Pack<A> b, Pack<A> add) BN_LAMBDA_INLINE {
+    const auto value = [=, &line](size_t k, size_t i, Pack<A> x, Pack<A> m, Pack<A> a, Pack<A> b, Pack<A> add) BN_LAMBDA_INLINE {
         Pack<A> u = pre_activation(x - m, a, b);
         if constexpr (Residual) u = u + add;
         if constexpr (Residual && Act::has_side) {
             if (mask) put_side(mask + static_cast<ptrdiff_t>(k) * mask_step, i, Act::template side<typename Element<T>::Order>(u));
         }
-        u = Act::value(u);
+        u = line(k, Act::value(u));
         return kept ? only(mask_of<T>(get_side(kept, i)), u) : u;
     };
     const auto whole = [&](size_t i) BN_LAMBDA_INLINE {
@@ -135,6 +148,7 @@ BN_INLINE void apply_rows(const Block &block, const ForwardCoefficients<typename
             Block one;
             one.z = zs, one.saved = rs, one.out = ys, one.rows = 1, one.len = lanes;
             one.kept = kept ? kept + i / 8 : nullptr;
+            one.lines = block.lines ? block.lines + row + k : nullptr;
             apply<T, Act, true, Residual>(one, {of[0], of[1], of[2]});
             memcpy(static_cast<void *>(to), ys, rest * sizeof(T));
         } else {

@@ -71,41 +71,18 @@ Sums wide_moments(const void *z_, size_t len, double center, const uint8_t *kept
     return {sum_lanes(s), sum_lanes(q)};
 }
 
-// sums by columns: which row the i-th is, and what a mask keeps of it
-BN_INLINE size_t picked_row(const Block &block, size_t i) { return block.picks ? static_cast<size_t>(block.picks[i]) : i; }
+// sums by columns: what a mask keeps of the i-th row
 BN_INLINE const uint8_t *kept_row(const Block &block, size_t i) {
     return block.kept ? block.kept + static_cast<ptrdiff_t>(i) * block.kept_step : nullptr;
 }
-
-// Rows that are visited together, from column `first` on. What is to come is asked for meanwhile: the rows after these as
-// one stream; those that are picked, row by row.
-template <class T, size_t group>
-struct Visited {
-    const T *begin;
-    ptrdiff_t step;
-    const T *picked[2 * group];  // these and the next
-    Ahead<T, group> ahead;
-    BN_INLINE Visited(const Block &block, const void *of, ptrdiff_t step_, size_t from, size_t first)
-        : begin(row_of<const T>(of, from, step_) + first), step(step_), ahead(begin, step_, block.len) {
-        if (!block.picks) return;
-        for (size_t k = 0; k < 2 * group; ++k) {
-            const size_t i = from + k < block.rows ? from + k : block.rows - 1;
-            picked[k] = row_of<const T>(of, picked_row(block, i), step_) + first;
-        }
-    }
-    BN_INLINE const T *row(size_t k, bool picks) const { return picks ? picked[k] : row_of<const T>(begin, k, step); }
-    BN_INLINE void fetch(size_t j, bool picks) const {
-        if (!picks) return ahead.fetch(j);
-        BN_UNROLL for (size_t k = group; k < 2 * group; ++k) __builtin_prefetch(picked[k] + j, 0, 2);
-    }
-};
 
 // the sums of 16 columns in double
 template <class T>
 void column_sums_wide(const Block &block, size_t j, size_t cols, Pack<double> center, Pack<double> &s, Pack<double> &q) {
     s = q = set1(0.0);
     for (size_t r = 0; r < block.rows; ++r) {
-        const T *const z = row_of<const T>(block.z, picked_row(block, r), block.z_step) + j;
+        if (block.lines && !block.lines[r]) continue;
+        const T *const z = row_of<const T>(block.z, r, block.z_step) + j;
         const Mask<double> here = mask_of<double>(counted(kept_row(block, r), j, cols));
         const Pack<double> d = only(here, widen(load_in_order(z, cols)) - center);
         s = s + d;
@@ -125,12 +102,14 @@ void column_moments(const Block &block, const typename Element<T>::Acc *center, 
         memset(q, 0, padded * sizeof(A));
         for (size_t row = 0; row < block.rows; row += group) {
             const size_t count = block.rows - row < group ? block.rows - row : group;
-            const Visited<T, group> zs(block, block.z, block.z_step, row, j0);
-            const auto visit = [&](size_t count, size_t j, size_t rest, bool all, bool picks) BN_LAMBDA_INLINE {
+            const T *const zs = row_of<T>(block.z, row, block.z_step) + j0;
+            const Ahead<T, group> next(zs, block.z_step, block.len);
+            const Lines<T, group> line(block.lines, row, count);
+            const auto visit = [&](size_t count, size_t j, size_t rest, bool all) BN_LAMBDA_INLINE {
                 const Pack<A> m = vector_of<T>(center + j0 + j, rest);
                 Pack<A> sj = vector_of<T>(s + j), qj = vector_of<T>(q + j);
                 for (size_t k = 0; k < count; ++k) {
-                    Pack<A> d = load_some(zs.row(k, picks) + j, rest) - m;
+                    Pack<A> d = line(k, load_some(row_of<T>(zs, k, block.z_step) + j, rest) - m);
                     if (!all) d = only(mask_of<T>(counted(kept_row(block, row + k), j0 + j, rest)), d);
                     sj = sj + d;
                     qj = fma(d, d, qj);
@@ -139,14 +118,14 @@ void column_moments(const Block &block, const typename Element<T>::Acc *center, 
                 store_vector<T>(q + j, qj);
             };
             size_t j = 0;
-            const auto whole = [&](bool picks) BN_LAMBDA_INLINE {
+            const auto whole = [&](bool all) BN_LAMBDA_INLINE {
                 for (; j + lanes <= cols; j += lanes) {
-                    zs.fetch(j, picks);
-                    visit(group, j, lanes, true, picks);
+                    next.fetch(j);
+                    visit(group, j, lanes, all);
                 }
             };
-            if (count == group && !block.kept) block.picks ? whole(true) : whole(false);
-            for (; j < cols; j += lanes) visit(count, j, cols - j < lanes ? cols - j : lanes, false, block.picks);
+            if (count == group) block.kept ? whole(false) : whole(true);
+            for (; j < cols; j += lanes) visit(count, j, cols - j < lanes ? cols - j : lanes, false);
         }
         for (size_t j = 0; j < cols; j += lanes) {
             const size_t rest = cols - j < lanes ? cols - j : lanes;

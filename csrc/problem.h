@@ -189,29 +189,6 @@ inline void zero(char *out, int64_t step, int64_t rows, int64_t bytes) {
     for (; out && rows--; out += step) memset(out, 0, static_cast<size_t>(bytes));
 }
 
-// Rows of columns of which a mask keeps some: reduce(picks, rows, j, len, bits) with the rows there are, and what is kept
-// of them where that is not all; some rows and columns at a time then.
-constexpr int64_t columns_together = 2048, rows_together = 32, kept_bytes = columns_together / 8 + 8;
-template <class Reduce>
-void over_kept_rows(const Keep &keep, const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, Reduce reduce) {
-    int32_t picks[Columns::block_rows];
-    int64_t count = 0;
-    bool whole = true;
-    for (int64_t r = 0; r < rows; ++r) {
-        picks[count] = static_cast<int32_t>(r);
-        count += keep.of(row + r) != Kept::none;
-        whole &= keep.of(row + r) != Kept::some;
-    }
-    if (whole && count) return reduce(count < rows ? picks : nullptr, count, j0, j1 - j0, nullptr);
-    uint8_t bits[rows_together * kept_bytes];
-    for (int64_t j = j0; j < j1; j += columns_together)
-        for (int64_t i = 0; i < count; i += rows_together) {
-            const int64_t len = std::min(columns_together, j1 - j), some = std::min(rows_together, count - i);
-            for (int64_t k = 0; k < some; ++k) keep.row(g, row + picks[i + k], j, len, bits + k * kept_bytes);
-            reduce(picks + i, some, j, len, bits);
-        }
-}
-
 // Rows of columns in the order that a map takes them: whole(row, rows), some(row, rows), none(row, rows).
 template <class Whole, class Some, class None>
 void by_kept_rows(const Keep &keep, int64_t row, int64_t end, Whole whole, Some some, None none) {
@@ -229,14 +206,34 @@ void by_kept_rows(const Keep &keep, int64_t row, int64_t end, Whole whole, Some 
     }
 }
 
-// Whether rows that a mask keeps and rows that it does not change so often that they are better mapped together.
-inline bool mixed(const Keep &keep, int64_t row, int64_t rows) {
-    int64_t changes = 0, none = 0;
-    for (int64_t r = row; r < row + rows; ++r) {
-        none += keep.of(r) == Kept::none;
-        changes += r > row && keep.of(r) != keep.of(r - 1);
-    }
-    return changes * 16 > rows && none * 4 < rows * 3;
+// Whether rows that a mask keeps and rows that it does not change so often that they are better taken together, as lines.
+inline bool mixed(const Keep &keep, const Columns &g, int64_t row, int64_t rows) {
+    if (g.s != 1 || g.repeated()) return false;
+    const uint8_t *const kept = keep.lines(g, row);
+    int64_t changes = 0, some = 0;
+    for (int64_t r = 0; r < rows; ++r) some += kept[r];
+    for (int64_t r = 1; r < rows; ++r) changes += kept[r] != kept[r - 1];
+    return changes * 16 > rows && (some * 4 > rows || g.cols <= 256);  // of long rows those that are left out are not read
+}
+
+// Rows of columns of which a mask keeps some, to be summed: reduce(row, rows, j, len, lines, bits), where not all is kept
+// with the rows that are, or with bits, some rows and columns at a time then.
+constexpr int64_t columns_together = 2048, rows_together = 32, kept_bytes = columns_together / 8 + 8;
+template <class Reduce>
+void over_kept_rows(const Keep &keep, const Columns &g, int64_t row, int64_t rows, int64_t j0, int64_t j1, Reduce reduce) {
+    if (mixed(keep, g, row, rows)) return reduce(row, rows, j0, j1 - j0, keep.lines(g, row), nullptr);
+    const auto some = [&](int64_t first, int64_t count) {
+        uint8_t bits[rows_together * kept_bytes];
+        for (int64_t j = j0; j < j1; j += columns_together)
+            for (int64_t i = 0; i < count; i += rows_together) {
+                const int64_t len = std::min(columns_together, j1 - j), together = std::min(rows_together, count - i);
+                for (int64_t k = 0; k < together; ++k) keep.row(g, first + i + k, j, len, bits + k * kept_bytes);
+                reduce(first + i, together, j, len, nullptr, bits);
+            }
+    };
+    by_kept_rows(
+        keep, row, row + rows, [&](int64_t r, int64_t count) { reduce(r, count, j0, j1 - j0, nullptr, nullptr); }, some,
+        [](int64_t, int64_t) {});
 }
 
 }  // namespace bn
