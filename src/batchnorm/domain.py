@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from functools import partial
+from threading import Lock
+from types import MethodType
+from typing import Any
+from weakref import ref
 
+import torch
 from torch import nn
 
 from batchnorm.errors import ArgumentError
 
 # one for the process, not one a thread: a checkpoint on an accelerator runs forwards again in torch's
 # backward thread, and they must see the domain that the first run saw
-_active: list[str] = []
+_active: dict[int, str] = {}
+# what takes a domain out of force when the lock of its block is gone
+_ties: dict[int, ref[Any]] = {}
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
-class domain:
+def domain(name: str) -> Any:
     """Let every batch norm inside a ``with`` block keep and use the statistics of a named domain.
 
     Where two kinds of data go through one network (real and generated images, two languages, two image
@@ -26,6 +33,7 @@ class domain:
     A domain's statistics begin at mean 0 and variance 1 when a layer first trains in it. They are saved
     with the layer's state, under ``domains.<name>.``. Blocks nest; the innermost counts. The domain in force
     is that of the process: threads that run different domains at the same time disturb each other.
+    Ctrl-C, at whatever instant, leaves none in force.
 
     Parameters
     ----------
@@ -51,22 +59,66 @@ class domain:
     >>> layer.running_mean, layer.domains["fake"].running_mean
     (tensor([0., 0.]), tensor([2., 6.]))
     """
+    check_name(name)
+    return _Traced(name) if torch.compiler.is_compiling() else _Block(name)
+
+
+class _Leaving:
+    """Gives a ``with`` block its exit, which the block asks for before it begins.
+
+    An exit in Python can be interrupted before its first instruction, and the domain would stay in force. This one is
+    the exit of a lock, in C. The block is alone to hold it; with the lock goes the entry in `_active`, in C too.
+    """
+
+    def __get__(self, block: _Block | None, kind: type) -> Any:
+        if block is None:
+            return _leave
+        if block.by_hand:
+            return MethodType(_leave, block)
+        block.lock = Lock()
+        block.lock.acquire()
+        return block.lock.__exit__
+
+
+class _Block:
+    __exit__ = _Leaving()
 
     def __init__(self, name: str) -> None:
-        check_name(name)
         self.name = name
+        self.lock: Any = None
+        self.by_hand: list[Any] = []
 
-    def __enter__(self) -> domain:
-        _active.append(self.name)
+    def __enter__(self) -> _Block:
+        lock, self.lock = self.lock, None
+        if lock is None:  # no `with` asked for an exit: an ExitStack, or who calls the two by hand
+            lock = Lock()
+            self.by_hand.append(lock)
+        place = max(_active, default=-1) + 1
+        _ties[place] = ref(lock, partial(_active.pop, place))
+        del lock
+        _active[place] = self.name
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _active.pop()
+
+def _leave(block: _Block, *error: Any) -> None:
+    block.by_hand.pop()
+
+
+class _Traced:
+    """A block that compilers and exporters can follow."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> _Traced:
+        self.place = len(_active)
+        while self.place in _active:
+            self.place += 1
+        _active[self.place] = self.name
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        del _active[self.place]
 
 
 def active_domain() -> str | None:
@@ -77,7 +129,7 @@ def active_domain() -> str | None:
     str or None
         Its name; None outside every ``with domain``.
     """
-    return _active[-1] if _active else None
+    return list(_active.values())[-1] if _active else None
 
 
 def check_name(name: str) -> None:

@@ -177,8 +177,8 @@ def batch_norm(
             return y
     given = (
         training,
-        # inference has no use for momentum, and torch's callers pass what they like
-        momentum if training else None,
+        # inference has no use for it, but an exported graph holds it, as torch's does; callers pass what they like
+        momentum if training or isinstance(momentum, (int, float)) else None,
         eps,
         activation,
         channel_dim,
@@ -230,7 +230,7 @@ def _checked(
     running_var_correction: int,
 ) -> Options:
     validation.check_arguments(
-        training, momentum, eps, activation, on_single_value, on_nonfinite, virtual_batch_size
+        training, momentum if training else None, eps, activation, on_single_value, on_nonfinite, virtual_batch_size
     )
     validation.check_switches(masked_output, running_var_correction)
     return Options(eps, activation, channel_dim, on_single_value, on_nonfinite, virtual_batch_size, momentum)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import batchnorm
+from batchnorm.domain import active_domain
 
 
 def state(layer):
@@ -100,6 +103,42 @@ def test_domains_nest_and_end_with_an_exception():
     assert layer.domains["outer"].num_batches_tracked == 2
     assert layer.domains["inner"].num_batches_tracked == 1
     assert layer.num_batches_tracked == 1
+
+
+def test_ctrl_c_at_any_instant_leaves_no_domain_in_force():
+    # real signals: they come between any two instructions, those that begin and end the block among them
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    raised, before = 0, signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for i in range(400):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + i * 1e-7)
+                while True:
+                    with batchnorm.domain("outer"), batchnorm.domain("inner"):
+                        pass
+            except KeyboardInterrupt:
+                raised += 1
+            assert active_domain() is None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert raised == 400
+
+
+def test_a_domain_is_entered_by_hand_and_again_inside_itself():
+    block = batchnorm.domain("fake")
+    with contextlib.ExitStack() as stack:
+        assert stack.enter_context(block) is block
+        with block, batchnorm.domain("real"):
+            assert active_domain() == "real"
+        assert active_domain() == "fake"
+    assert active_domain() is None
+    block.__enter__()
+    assert active_domain() == "fake"
+    block.__exit__(None, None, None)
+    assert active_domain() is None
 
 
 def test_the_state_dict_goes_round_with_its_domains_and_a_fresh_layer_makes_room():
