@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
-from ranks import run
+from ranks import outcomes_of, run
 from test_training import assert_equal_models, descend, mlp
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import batchnorm
-from batchnorm.errors import PoolingError
+from batchnorm.errors import BatchNormError, PoolingError
 
 STEPS = [4, 2, 3]
 # samples of an average step: a sum that is not divided would let the weights grow until they have no digits left
@@ -94,6 +96,30 @@ def test_a_loader_that_raises_ends_the_loop_on_every_rank():
     assert first[0] == second[0] == [(2, 3)]
     assert "rank 1" in first[1]
     assert second[1] == "disk"
+
+
+def killed_at_message(rank, number):
+    from test_failures import dies_at_message
+
+    if rank == 1:
+        dies_at_message(number, after=False)
+    try:
+        for _ in batchnorm.together([torch.ones(2, 3)] * (3 if rank == 0 else 0)):
+            pass
+    except BatchNormError as error:
+        return str(error)
+    return ""
+
+
+# the question who has more, how long an example is, the example, the question again
+@pytest.mark.parametrize("number", [1, 3, 5, pytest.param(7, marks=pytest.mark.slow)])
+def test_a_rank_that_dies_while_it_is_asked_or_told_is_named(number):
+    first, second, third = outcomes_of(killed_at_message, 3, number, timeout=4)
+    assert second.code == -signal.SIGKILL
+    for outcome in (first, third):
+        assert outcome.code == 0, outcome.trace
+        assert "rank 1 did not come" in outcome.result
+        assert "'together'" in outcome.result
 
 
 def test_a_rank_without_any_batch_learns_what_one_looks_like():

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from batchnorm.distributed.calls import Call
-from batchnorm.distributed.conversation import conversation
+from batchnorm.distributed.conversation import Conversation, conversation
 from batchnorm.distributed.groups import find, initialised, names_of
 from batchnorm.errors import ArgumentError, PoolingError
 
-_STEP = Call("together", "step", 0, "")
+_STEP, _LENGTH, _EXAMPLE = (Call("together", step, 0, "") for step in ("step", "length", "example"))
 _MORE, _OVER, _FAILED = 1.0, 0.0, -1.0
 
 
@@ -104,9 +104,8 @@ class together:
             self.samples = int(sum(row[1] for row in rows))
             if not begun and len(going) < len(rows):
                 # a rank without any batch does not know what one looks like
-                held = [empty_like(batch)]
-                dist.broadcast_object_list(held, talk.rank(going[0]), group=group)
-                empty = held[0]
+                mine = pickle.dumps(empty_like(batch)) if group.rank() == going[0] else b""
+                empty = pickle.loads(_told(talk, going[0], mine, device))
             begun = True
             if state == _MORE:
                 empty = empty_like(batch)
@@ -185,6 +184,15 @@ class _Hook(JoinHook):
             self._joining._step(self._joining._empty)
         finally:
             self._joining._shadowing = False
+
+
+def _told(talk: Conversation, member: int, mine: bytes, device: torch.device) -> bytes:
+    """Give what one member has to say; ``mine`` is empty on the others."""
+    length = talk.rows(_LENGTH, torch.tensor([len(mine)], dtype=torch.float64, device=device))[member]
+    letters = torch.zeros(int(length), dtype=torch.float64, device=device)
+    if mine:
+        letters.copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+    return bytes(talk.rows(_EXAMPLE, letters)[member].to(torch.uint8).tolist())
 
 
 def samples_of(batch: Any) -> int:
