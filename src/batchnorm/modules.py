@@ -17,7 +17,7 @@ from batchnorm.ecosystem.registration import announce
 from batchnorm.ecosystem.symbolic import one_step
 from batchnorm.errors import BatchNormError, ShapeError
 from batchnorm.functional import Options, infer, train
-from batchnorm.pooling import Pooling, pools
+from batchnorm.pooling import Pooling, pools, settings_of
 from batchnorm.populations import Populations
 from batchnorm.running import BUFFERS
 
@@ -229,6 +229,7 @@ class Layer(Populations):
             self.on_single_value,
             self.on_nonfinite,
             mask is not None,
+            settings_of(self.eps, self.momentum, self.running_var_correction, self.track_running_stats),
         )
 
     def _first_in_domain(self, name: str, *rest: Any) -> Tensor:

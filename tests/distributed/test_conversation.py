@@ -163,6 +163,47 @@ def test_ranks_in_different_calls_all_raise_at_once_and_name_them(odd, warm):
         assert after == 12
 
 
+def again(rank, folder):
+    # the notes of both lives are in one store, as under torchrun, where the agent keeps it
+    notes = dist.FileStore(f"{folder}/notes", 2)
+    dist.distributed_c10d._get_default_store = lambda: notes
+    said = []
+    for life in range(2):
+        if life:
+            dist.destroy_process_group()
+            store = dist.FileStore(f"{folder}/{life}", 2)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        speak = conversation(dist.group.WORLD)
+        with pytest.raises(BatchNormError) as raised:
+            speak.rows(call(f"life {life} of rank {rank}"), torch.zeros(4, dtype=torch.float64))
+        said.append(str(raised.value))
+    return said
+
+
+def test_what_was_written_for_a_job_before_this_one_is_not_heard(tmp_path):
+    for said in run(again, 2, str(tmp_path)):
+        for life, text in enumerate(said):
+            for rank in (0, 1):
+                assert f"rank {rank} is in 'life {life} of rank {rank}'" in text
+
+
+def momentum_that_changes(rank):
+    speak = conversation(dist.group.WORLD)
+    number = dist.group.WORLD._get_sequence_number_for_group
+    sent = []
+    for step in range(5):
+        before = number()
+        for path in "ab":
+            mine = call(path)._replace(settings=f"momentum {1 / (step + 2)}")
+            speak.rows(mine, torch.zeros(4, dtype=torch.float64))
+        sent.append(number() - before)
+    return sent
+
+
+def test_an_option_that_changes_from_step_to_step_costs_no_message():
+    assert [sent[2:] for sent in run(momentum_that_changes, 2)] == [[2, 2, 2]] * 2
+
+
 def disagree_late(rank):
     module.deferred = lambda data: True
     speak = conversation(dist.group.WORLD)

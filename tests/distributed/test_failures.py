@@ -120,6 +120,8 @@ def sabotage(rank, how, who, wrapped, warm, mesh=False):
             x = x.double()
         if odd and how == "another policy":
             model.layer1.bn.on_nonfinite = "raise"
+        if odd and how in OPTIONS:
+            setattr(model.layer1.bn, how, OPTIONS[how])
         if odd and how == "another domain":
             with batchnorm.domain("fake"):
                 run(x)
@@ -142,7 +144,11 @@ def sabotage(rank, how, who, wrapped, warm, mesh=False):
     return None
 
 
-DISAGREE = ["swaps", "swaps two sizes", "calls twice", "another dtype", "another domain", "another policy"]
+OPTIONS = {"eps": 1e-3, "momentum": 0.01, "running_var_correction": 0, "track_running_stats": False}
+DISAGREE = [
+    *("swaps", "swaps two sizes", "calls twice", "another dtype", "another domain", "another policy"),
+    *OPTIONS,
+]
 ABSENT = ["dies before", "dies in between", "dies in backward", "is in eval", "sleeps"]
 
 
@@ -154,6 +160,10 @@ def check_disagreement(how, who, wrapped, ranks, warm):
         text, spent, moved = outcome.result
         assert f"rank {who} is in " in text
         assert "'layer1.bn'" in text or "'head.bn'" in text
+        if how in ("eps", "momentum"):
+            # both values are named
+            assert f"{how} {OPTIONS[how]}" in text
+            assert {"eps": "eps 1e-05", "momentum": "momentum 0.1"}[how] in text
         assert "at: " in text
         assert spent < 2
         assert not moved

@@ -27,6 +27,8 @@ class Call(NamedTuple):
         The domain in force; empty outside every one.
     policy : str
         Options that decide what is done with the pooled values.
+    settings : str
+        Other options that must be the same. They may change from step to step, so no call is predicted by them.
     """
 
     path: str
@@ -35,11 +37,12 @@ class Call(NamedTuple):
     dtype: str
     domain: str = ""
     policy: str = ""
+    settings: str = ""
 
     def __str__(self) -> str:
         inside = f", domain {self.domain!r}" if self.domain else ""
-        policy = f", {self.policy}" if self.policy else ""
-        return f"{self.path!r} ({self.step}, {self.channels} channels, {self.dtype}{inside}{policy})"
+        more = "".join(f", {text}" for text in (self.policy, self.settings) if text)
+        return f"{self.path!r} ({self.step}, {self.channels} channels, {self.dtype}{inside}{more})"
 
 
 @lru_cache(maxsize=4096)

@@ -221,7 +221,7 @@ class Conversation:
         """Send, and give what came, once all ranks are known to be in ``call``."""
         self._check_before(call)
         code = code_of(call)
-        plan = Plan(code, len(data), reduces)
+        plan = Plan(code_of(call._replace(settings="")), len(data), reduces)
         expected = self._order.guess() or _NOTHING
         if expected == plan:
             came = self._send(call, self._header(code, flags, data, reduces), data, reduces)
@@ -295,15 +295,15 @@ class Conversation:
 
     def _disagreement(self, call: Call, number: int) -> PoolingError:
         self._differed += 1
-        heard = self._roll.call(f"differ/{number}/{self._differed}", str(call))
+        heard = self._roll.call("differ", str(call), f"{number}/{self._differed}")
         said = "; ".join(f"rank {r} is in {place.where}" for r, place in sorted(heard.places.items()))
         if not heard.asked:
             said += "; the store did not tell where the others are"
         return PoolingError(
             f"batch_norm: the ranks are in different calls: {said}.",
             why="each would take the other's numbers for those of its own layer.",
-            mend="let every rank call the same layers in the same order, mode, dtype and domain; no branch that "
-            "depends on the rank or on its data.",
+            mend="let every rank call the same layers in the same order, mode, dtype and domain, and with the same "
+            "options; no branch that depends on the rank or on its data.",
             at=call.path,
         )
 

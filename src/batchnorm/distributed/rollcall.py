@@ -80,12 +80,10 @@ class RollCall:
         self._members: list[int] = dist.get_process_group_ranks(group)
         try:
             self._store: Any = dist.PrefixStore("batchnorm", dist.distributed_c10d._get_default_store())
-            # of a job before this one that had the same store
-            stale = [self._key(_LOST, self._rank), f"raised/{self._rank}"]
-            stale += [self._key(_ALARM)] if self._rank == self._members[0] else []
-            for key in stale:
-                if self._store.check([key]):
-                    self._store.delete_key(key)
+            # a job before this one may have had the same store: what was written before now is not for this roll
+            self._begun = self._now()
+            if self._store.check([f"raised/{self._rank}"]):
+                self._store.delete_key(f"raised/{self._rank}")
         except Exception:
             # a backend without a store: nobody can be asked, and the error says so
             self._store = None
@@ -114,7 +112,8 @@ class RollCall:
         if time.monotonic() - waiting[0] < _WAITING_IS_LONG_S:
             return
         try:
-            if self._store.check([self._key(_ALARM)]):
+            alarm = self._key(_ALARM)
+            if self._store.check([alarm]) and int(self._store.get(alarm)) > self._begun:
                 self._answered = True
                 # remembered too, for the store may be gone when this rank's own wait ends; aside, for this
                 # thread answers in other groups meanwhile
@@ -122,7 +121,7 @@ class RollCall:
         except Exception:
             self._answered = True
 
-    def call(self, subject: str, where: str) -> Heard:
+    def call(self, subject: str, where: str, turn: str = "") -> Heard:
         """Say where this rank is, and hear where the others are.
 
         Parameters
@@ -131,6 +130,8 @@ class RollCall:
             What the roll is called for; ``"lost"`` also raises the alarm.
         where : str
             What this rank is in.
+        turn : str
+            Which call of this subject it is; an answer to another one is none.
 
         Returns
         -------
@@ -139,7 +140,7 @@ class RollCall:
         """
         own = Place(where, self._name, self._members)
         self._answered |= subject == _LOST
-        done = self._aside(lambda: self._collect(subject, own), PATIENCE_S + 1)
+        done = self._aside(lambda: self._collect(subject, own, turn), PATIENCE_S + 1)
         places = {**self._places, self._rank: own}
         expected = set(self._members)
         for place in self._places.values():
@@ -174,11 +175,15 @@ class RollCall:
     def _key(self, subject: str, rank: int | None = None, group: str | None = None) -> str:
         return f"{group or self._name}/{subject}" + ("" if rank is None else f"/{rank}")
 
-    def _collect(self, subject: str, own: Place) -> None:
+    def _now(self) -> int:
+        """Give a number that is larger than all that any rank was given before."""
+        return int(self._store.add("clock", 1))
+
+    def _collect(self, subject: str, own: Place, turn: str = "") -> None:
         store = self._store
-        store.set(self._key(subject, self._rank), json.dumps(own))
+        store.set(self._key(subject, self._rank), json.dumps((self._now(), turn, own)))
         if subject == _LOST:
-            store.set(self._key(_ALARM), b"1")
+            store.set(self._key(_ALARM), str(self._now()))
         else:
             self._places = {}
         open_ranks = {rank: self._name for rank in self._members if rank != self._rank}
@@ -188,12 +193,15 @@ class RollCall:
             for rank, group in list(open_ranks.items()):
                 key = self._key(subject, rank, group)
                 # `wait` would print what it does not find; `check` is quiet
-                if store.check([key]):
-                    place = self._places[rank] = Place(*json.loads(store.get(key)))
+                written, answered, place = (
+                    json.loads(store.get(key)) if store.check([key]) else (0, turn, None)
+                )
+                if answered == turn and written > self._begun:
+                    place = self._places[rank] = Place(*place)
                     del open_ranks[rank]
                     if place.group not in asked:
                         asked.add(place.group)
-                        store.set(self._key(_ALARM, group=place.group), b"1")
+                        store.set(self._key(_ALARM, group=place.group), str(self._now()))
                         known = {self._rank, *self._places, *open_ranks}
                         open_ranks |= {r: place.group for r in place.members if r not in known}
                 elif subject == _LOST and rank not in self._raised and store.check([f"raised/{rank}"]):

@@ -1,5 +1,6 @@
 """Statistics over ranks: what stands between the two halves of a step (`batchnorm.steps.Between`)."""
 
-from batchnorm.pooling.ranks import Pooling, pools
+from batchnorm.pooling.graph import Pooling
+from batchnorm.pooling.ranks import pools, settings_of
 
-__all__ = ["Pooling", "pools"]
+__all__ = ["Pooling", "pools", "settings_of"]

@@ -22,7 +22,7 @@ from batchnorm.kernels.contract import Moments, Norm
 from batchnorm.kernels.select import select
 from batchnorm.layout import values_per_channel
 from batchnorm.operators import recomputing
-from batchnorm.pooling.ranks import Pooling, pools
+from batchnorm.pooling.ranks import RankPooling, pools
 from batchnorm.steps import Constants
 
 _library = torch.library.Library("batchnorm", "FRAGMENT")
@@ -104,8 +104,8 @@ def _pooled(
     return y, mean, var, center, inv_std, side, divisor, count, torch.zeros_like(ticket)
 
 
-def _between(pooling: str) -> Pooling | None:
-    made = Pooling.load(pooling)
+def _between(pooling: str) -> RankPooling | None:
+    made = RankPooling.load(pooling)
     return made if pools(made.groups) else None
 
 
@@ -218,42 +218,43 @@ torch.library.register_autograd(
 )
 
 
-def pooled(
-    z: Tensor, norm: Norm, mask: Tensor | None, fallback: Constants | None, pooling: Pooling
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalize with the statistics of all ranks, as one operator in a graph.
+class Pooling(RankPooling):
+    """What stands between the two halves of a step where ranks pool, also where a compiler looks on."""
 
-    Parameters
-    ----------
-    z, norm, mask, fallback
-        As for `batchnorm.autograd.normalize_batch`.
-    pooling : Pooling
-        What pools.
+    def operator(
+        self, z: Tensor, norm: Norm, mask: Tensor | None, fallback: Constants | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normalize with the statistics of all ranks, as one operator in a graph.
 
-    Returns
-    -------
-    y : Tensor
-        Of the shape of ``z``.
-    count : Tensor of int64, shape ()
-        Values per channel of all ranks; -1 where a checkpoint re-runs the graph.
-    mean, var : Tensor, shape (C,)
-        Of all ranks, divisor m.
-    """
-    axis, eps, gamma, beta, residual, activation, _ = norm
-    begins = _begins()
-    ticket = torch.zeros((), device=z.device) if begins else _chain.ticket
-    y, mean, var, _, _, _, _, count, following = torch.ops.batchnorm.pooled(
-        z,
-        gamma,
-        beta,
-        residual,
-        mask,
-        *(fallback or (None, None)),
-        ticket,
-        axis,
-        eps,
-        activation,
-        pooling.dump(),
-    )
-    _chain.ticket = following
-    return y, count, mean, var
+        Parameters
+        ----------
+        z, norm, mask, fallback
+            As for `batchnorm.autograd.normalize_batch`.
+
+        Returns
+        -------
+        y : Tensor
+            Of the shape of ``z``.
+        count : Tensor of int64, shape ()
+            Values per channel of all ranks; -1 where a checkpoint re-runs the graph, so that nothing moves twice.
+        mean, var : Tensor, shape (C,)
+            Of all ranks, divisor m.
+        """
+        axis, eps, gamma, beta, residual, activation, _ = norm
+        begins = _begins()
+        ticket = torch.zeros((), device=z.device) if begins else _chain.ticket
+        y, mean, var, _, _, _, _, count, following = torch.ops.batchnorm.pooled(
+            z,
+            gamma,
+            beta,
+            residual,
+            mask,
+            *(fallback or (None, None)),
+            ticket,
+            axis,
+            eps,
+            activation,
+            self.dump(),
+        )
+        _chain.ticket = following
+        return y, count, mean, var

@@ -19,7 +19,8 @@ from batchnorm.distributed.conversation import conversation
 from batchnorm.distributed.groups import Names, find, names_of
 from batchnorm.errors import ArgumentError
 from batchnorm.layout import channel_axis
-from batchnorm.pooling.ranks import Pooling
+from batchnorm.pooling.graph import Pooling
+from batchnorm.pooling.ranks import settings_of
 from batchnorm.population import Tracking
 
 
@@ -96,6 +97,7 @@ def train_shards(
         options.on_single_value,
         options.on_nonfinite,
         mask is not None,
+        settings_of(options.eps, options.momentum) if between is None else between.settings,
     )
     buffers = None if population is None else Tracking(*(_slice(t, plan) for t in population))
     moved: Any = (

@@ -1,4 +1,4 @@
-"""What stands between the two halves of a step where ranks pool: `batchnorm.steps.Between` over a process group."""
+"""What ranks exchange between the two halves of a step: `batchnorm.steps.Between` over a process group."""
 
 from __future__ import annotations
 
@@ -12,21 +12,47 @@ from batchnorm.distributed import conversation as talks
 from batchnorm.distributed.calls import Call
 from batchnorm.distributed.groups import Names, members
 from batchnorm.errors import ArgumentError, NonFiniteError, PoolingError, TooFewValuesError
-from batchnorm.kernels.contract import Norm, Statistics
-from batchnorm.steps import Constants
+from batchnorm.kernels.contract import Statistics
 from batchnorm.transforms import bare, outside, transforming
 
 pools = members
 """The groups in which there is somebody to pool with; empty: nothing stands between."""
 
+
+def settings_of(eps: float, momentum: float | None, correction: int = 1, tracks: bool = True) -> str:
+    """Put in words what must be the same on every rank for their statistics to stay the same.
+
+    Parameters
+    ----------
+    eps : float
+        Of the layer.
+    momentum : float or None
+        Weight of the new batch.
+    correction : int
+        What the divisor of ``running_var`` is less than m.
+    tracks : bool
+        Whether running statistics are kept.
+
+    Returns
+    -------
+    str
+        ``"eps 1e-05, momentum 0.1"``, and what is unusual.
+    """
+    text = f"eps {eps}, momentum {momentum}"
+    if correction != 1:
+        text += f", running_var_correction {correction}"
+    return text if tracks else text + ", no running statistics"
+
+
 # no name has a control character in it
 _BETWEEN = "\x1f"
 
 
-class Pooling:
+class RankPooling:
     """One use of a layer whose statistics are those of all ranks of a group.
 
-    Holds names and no tensors: it is kept until the backward, and made anew inside a compiled graph's operator.
+    All of `batchnorm.steps.Between` but the operator, which `batchnorm.pooling.graph` makes of it. Holds names
+    and no tensors: it is kept until the backward, and made anew inside a compiled graph's operator.
 
     Parameters
     ----------
@@ -44,6 +70,8 @@ class Pooling:
         The layer's policies, which all ranks apply to the pooled values.
     masked : bool
         Whether this rank has a mask.
+    settings : str
+        What else decides how the layer normalizes and what it keeps, in words; the same on every rank.
     """
 
     def __init__(
@@ -56,9 +84,11 @@ class Pooling:
         on_single_value: str = "error",
         on_nonfinite: str = "skip",
         masked: bool = False,
+        settings: str = "",
     ) -> None:
         self.groups, self.path, self.channels, self.dtype, self.domain = groups, path, channels, dtype, domain
         self.on_single_value, self.on_nonfinite, self.masked = on_single_value, on_nonfinite, masked
+        self.settings = settings
 
     def statistics(self, local: Statistics) -> Statistics:
         """Merge every rank's statistics; the same bits on every rank.
@@ -151,31 +181,6 @@ class Pooling:
             _require(enough, self, total)
         return Statistics(total[0], pooled, spread)
 
-    def operator(
-        self, z: Tensor, norm: Norm, mask: Tensor | None, fallback: Constants | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give (y, count, mean, var) of a whole step as one operator in a compiled graph.
-
-        Parameters
-        ----------
-        z : Tensor
-            Input.
-        norm : Norm
-            What is done with it.
-        mask : Tensor of bool or None
-            Values that count.
-        fallback : (mean, var) or None
-            Constants that serve where fewer than two values do.
-
-        Returns
-        -------
-        y, count, mean, var : Tensor
-            ``count`` is -1 where a checkpoint re-runs the graph, so that nothing moves twice.
-        """
-        from batchnorm.pooling.graph import pooled
-
-        return pooled(z, norm, mask, fallback, self)
-
     def call(self, step: str) -> Call:
         """Give what this rank is in.
 
@@ -190,7 +195,7 @@ class Pooling:
             What all ranks must agree on.
         """
         policy = f"{self.on_single_value}, {self.on_nonfinite}"
-        return Call(self.path, step, self.channels, self.dtype, self.domain, policy)
+        return Call(self.path, step, self.channels, self.dtype, self.domain, policy, self.settings)
 
     def dump(self) -> str:
         """Give this object as a text, for an operator's argument.
@@ -207,12 +212,13 @@ class Pooling:
             self.domain,
             self.on_single_value,
             self.on_nonfinite,
+            self.settings,
         )
         # spelled out rather than dumped by a library: a compiler follows it
         return _BETWEEN.join((*words, "masked" if self.masked else "", *self.groups))
 
     @classmethod
-    def load(cls, text: str) -> Pooling:
+    def load(cls, text: str) -> RankPooling:
         """Make the object that `dump` wrote.
 
         Parameters
@@ -222,11 +228,13 @@ class Pooling:
 
         Returns
         -------
-        Pooling
+        RankPooling
             Equal to it.
         """
-        path, channels, dtype, domain, single, nonfinite, masked, *groups = text.split(_BETWEEN)
-        return cls(tuple(groups), path, int(channels), dtype, domain, single, nonfinite, bool(masked))
+        path, channels, dtype, domain, single, nonfinite, settings, masked, *groups = text.split(_BETWEEN)
+        return cls(
+            tuple(groups), path, int(channels), dtype, domain, single, nonfinite, bool(masked), settings
+        )
 
     def _sum(self, values: Tensor, step: str) -> Tensor:
         def pool(talk: talks.Conversation) -> None:
@@ -275,7 +283,7 @@ def _is_fake(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "FakeTensor"
 
 
-def _require(enough: Tensor, pooling: Pooling, total: Tensor) -> None:
+def _require(enough: Tensor, pooling: RankPooling, total: Tensor) -> None:
     if transforming(total):
         with outside():
             _require(bare(enough), pooling, bare(total))
@@ -287,7 +295,7 @@ class _AllSum(torch.autograd.Function):
     """Every rank's values added up. Of the sum of all ranks' losses the gradient is again such a sum."""
 
     @staticmethod
-    def forward(values: Tensor, pooling: Pooling, step: str) -> Tensor:
+    def forward(values: Tensor, pooling: RankPooling, step: str) -> Tensor:
         return pooling._sum(values.double(), step).to(values.dtype)
 
     @staticmethod
