@@ -207,11 +207,15 @@ def _of(network: torch.nn.Module) -> Record:
 
 def _live(network: torch.nn.Module) -> list[Row]:
     """What is known only of the network that runs, and not of a copy: what its compiler told."""
-    told = getattr(getattr(network, "_compiled_call_impl", None), "rows", None)
+    call = getattr(network, "_compiled_call_impl", None)
+    told = getattr(call, "rows", None)
     if told is not None:
         return told()
     if any(row.action == "accelerated" for row in _of(network)):
-        why = "a copy, or loaded: it runs as plain torch, for what is compiled is not copied; accelerate it again"
+        if call is None:
+            why = "a copy, or loaded: it runs as plain torch, for what is compiled is not copied; accelerate it again"
+        else:
+            why = "compiled anew by somebody else (Module.compile), and that compiler decides"
         return [Row("", type(network).__name__, LEFT_ALONE, "", why, "accelerate")]
     return []
 

@@ -217,6 +217,20 @@ def test_python_that_depends_on_data_breaks_the_graph_and_parts_are_called_toget
     assert "1 break" in record(model).of("compiled")[0].detail or record(model).of("broke the graph")
 
 
+def test_a_plain_average_breaks_the_graph_of_torchs_layer_and_is_named():
+    model, plain = twins(lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=None), nn.ReLU()))
+    assert_same(model, plain)
+    (row,) = [row for row in record(model).of("broke the graph") if row.path]
+    assert row.path == "1"
+    assert "momentum=None" in row.reason
+    # the way out that the row names
+    ours = batchnorm.convert(copy.deepcopy(plain), "batchnorm")
+    model = accelerate(copy.deepcopy(ours))
+    assert_same(model, ours)
+    assert together(model) == ["1"]
+    assert not record(model).of("broke the graph")
+
+
 def test_random_decisions_are_made_at_each_call():
     class Random(Branching):
         def forward(self, x):

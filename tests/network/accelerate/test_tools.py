@@ -149,6 +149,18 @@ def test_a_model_compiled_already_is_left_to_its_compiler():
     assert "that compiler decides" in record(accelerate(compiled)).reason("")
 
 
+def test_a_model_compiled_by_its_user_later_says_so_and_can_be_restored():
+    model, plain, x = called()
+    model.compile(backend="eager")
+    torch.testing.assert_close(model(x), plain(x))
+    (row,) = record(model).left_alone
+    assert "Module.compile" in row.reason
+    assert "copy" not in row.reason
+    theirs = model._compiled_call_impl
+    assert restore(model)._compiled_call_impl is theirs
+    assert not record(model).rows
+
+
 def test_the_backend_by_itself():
     from batchnorm.network.accelerate.backend import batchnorm as backend
 

@@ -9,6 +9,12 @@ from batchnorm_lab.bench.contenders import PEERS
 from batchnorm_lab.bench.results import Row, latest
 
 STEP_BAR = {"resnet50": 1.2, "mobilenet_v2": 1.6}
+SHARE_BAR = 0.85
+SHARE_NOTE = (
+    "A training step (forward, loss, backward, SGD) of networks of timm: as given, after `accelerate`, and with a floor "
+    "in which every norm is a copy and activations vanish; medians. The share is (before - after) / (before - floor). "
+    "Where the floor allocates what our pool has at hand, it is above 1. `python -m batchnorm_lab.bench.shares`."
+)
 SHOWN_SLOWER = 40
 
 
@@ -102,6 +108,32 @@ def steps(found: Sequence[Row]) -> list[str]:
     return lines_of((*headings, "`accelerate(model)`, and torch.nn over it"), body) if body else []
 
 
+def shares(found: Sequence[Row]) -> list[str]:
+    """Write the table of what of the possible gain ``accelerate`` gains in whole training steps.
+
+    Parameters
+    ----------
+    found : sequence of Row
+        Rows of a benchmark.
+
+    Returns
+    -------
+    list of str
+        Lines of Markdown.
+    """
+    rounds = {row.case_key: row.rounds for row in found}
+    body = []
+    for (shape, layout, dtype, name, mode, budget, _, kind), medians in by_case(found).items():
+        if kind != "share":
+            continue
+        before, after, floor = (medians[contender] for contender in ("eager", "ours", "floor"))
+        cell = [name, shape, layout, budget, str(rounds[shape, layout, dtype, name, mode, budget])]
+        cell += [f"{before:.0f}", f"{after:.0f}", f"{floor:.0f}", f"{before / after:.2f}"]
+        body.append([*cell, verdict((before - after) / (before - floor), SHARE_BAR)])
+    headings = ("network", "input", "layout", "threads", "rounds", "before, ms", "after, ms", "floor, ms")
+    return lines_of((*headings, "faster", "share"), body) if body else []
+
+
 def by_shape(found: Sequence[Row], threads: int) -> list[str]:
     """Write one table for each form, dtype, layout and direction: ours in milliseconds, peers over ours.
 
@@ -119,7 +151,7 @@ def by_shape(found: Sequence[Row], threads: int) -> list[str]:
     """
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for (shape, layout, dtype, form, mode, budget, direction, name), medians in by_case(found).items():
-        if budget != str(threads) or name == "step":
+        if budget != str(threads) or name in ("step", "share"):
             continue
         own = medians["ours"]
         cell = [name, shape, f"{own:.3g}"]
@@ -164,6 +196,9 @@ def document(found: Iterable[Row]) -> str:
     whole = steps(rows)
     if whole:
         written += ["## Whole training steps", "", *whole]
+    gained = shares(rows)
+    if gained:
+        written += ["## The share of what can be gained", "", SHARE_NOTE, "", *gained]
     written += ["## Slower than torch eager", ""]
     if slow:
         body = [(one.label, str(one.threads), f"{one.ratio:.2f}") for one in slow[:SHOWN_SLOWER]]

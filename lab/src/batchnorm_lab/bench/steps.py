@@ -74,6 +74,65 @@ def make_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> C
     return step
 
 
+def batch_of(number: int, size: int, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make one batch of random images and labels, the same every time.
+
+    Parameters
+    ----------
+    number, size : int
+        Images, and their side.
+    layout : str
+        ``"nchw"`` or ``"channels_last"``.
+
+    Returns
+    -------
+    images : Tensor, shape (number, 3, size, size)
+        In that layout.
+    labels : Tensor, shape (number,)
+        Of 1000 classes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(number, 3, size, size, generator=generator)
+    labels = torch.randint(1000, (number,), generator=generator)
+    if layout == "channels_last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, labels
+
+
+def take_turns(
+    steps: dict[str, Callable[[], float]], rounds: int, seconds: float = float("inf")
+) -> dict[str, list[float]]:
+    """Time steps in turns, in an order that turns, without the garbage collector.
+
+    Parameters
+    ----------
+    steps : dict
+        By contender.
+    rounds : int
+        Steps of each.
+    seconds : float, optional
+        After so many no further round begins, once there are five.
+
+    Returns
+    -------
+    dict
+        Milliseconds by contender, one a round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() - began > seconds:
+            break
+        for name in list(steps)[:: 1 if done % 2 else -1]:
+            start = time.perf_counter()
+            steps[name]()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    gc.enable()
+    return times
+
+
 def time_steps(
     name: str,
     variants: Sequence[str],
@@ -110,11 +169,7 @@ def time_steps(
         Samples of contenders ``"eager"`` (before), ``"ours"`` (after) and ``"accelerated"``.
     """
     torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, size, size, generator=generator)
-    labels = torch.randint(1000, (batch,), generator=generator)
-    if layout == "channels_last":
-        images = images.contiguous(memory_format=torch.channels_last)
+    images, labels = batch_of(batch, size, layout)
     steps = {v: make_step(make_variant(name, v, layout), images, labels) for v in variants}
     losses = {}
     for variant, step in steps.items():
@@ -123,15 +178,7 @@ def time_steps(
     print("first loss:", ", ".join(f"{v} {loss:.6f}" for v, loss in losses.items()))
     if max(losses.values()) - min(losses.values()) > 1e-3 * max(losses.values()):
         raise SystemExit("the variants do not compute the same loss: nothing was timed")
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
-    gc.collect()
-    gc.disable()
-    for done in range(rounds):
-        for variant in list(variants)[:: 1 if done % 2 else -1]:
-            start = time.perf_counter()
-            steps[variant]()
-            times[variant].append((time.perf_counter() - start) * 1e3)
-    gc.enable()
+    times = take_turns(steps, rounds)
     case = Case("step", (batch, 3, size, size), layout, "float32", name, "training")
     samples = [Sample(CONTENDER[v], "step", np.array(t)) for v, t in times.items()]
     outcome = Outcome(case, samples, {})

@@ -21,6 +21,12 @@ from batchnorm.network.accelerate.told import TOOL, Graph, first_line, rows
 from batchnorm.network.record import LEFT_ALONE, Row
 
 
+_COUNTS_IN_PYTHON = (
+    "momentum=None: torch's forward reads the count of batches as a number of Python; "
+    'convert(model, "batchnorm") averages in the graph'
+)
+
+
 class Accelerated:
     """A model's call: compiled, or plain where somebody else is to see the model.
 
@@ -68,6 +74,13 @@ class Accelerated:
         told = rows(self.compiled.graphs, self.compiled.recompiled, self.compiled.seconds)
         if self.given_up:
             told.append(Row("", type(self.model).__name__, LEFT_ALONE, "", self.given_up, TOOL))
+        told += [
+            Row(path, type(m).__name__, "broke the graph", "in training", _COUNTS_IN_PYTHON, TOOL)
+            for path, m in self.model.named_modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm)
+            and type(m).forward is nn.modules.batchnorm._BatchNorm.forward
+            and (m.momentum is None and m.track_running_stats)
+        ]
         return told
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
