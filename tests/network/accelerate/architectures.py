@@ -16,21 +16,20 @@ from batchnorm.network.accelerate import call
 ARCHITECTURES = {
     "resnet18": 64, "resnet50": 64, "resnet10t": 64, "resnet26d": 64, "resnetblur18": 64, "skresnet18": 64,
     "legacy_seresnet18": 64, "resnest14d": 64, "gcresnext26ts": 64, "res2net50_26w_4s": 64, "cspresnet50": 64,
-    "wide_resnet50_2": 64, "resnext50_32x4d": 64, "resnetrs50": 64, "ecaresnet26t": 64, "tresnet_m": 64,
-    "mobilenetv2_050": 64, "mobilenetv3_small_050": 64, "mobilenetv4_conv_small_035": 64, "mnasnet_small": 64,
+    "ecaresnet26t": 64, "mobilenetv2_050": 64, "mobilenetv3_small_050": 64, "mobilenetv4_conv_small_035": 64,
+    "mnasnet_small": 64,
     "semnasnet_075": 64, "mobilenet_edgetpu_v2_xs": 64, "mobilenetv1_100": 64, "hardcorenas_a": 64, "fbnetc_100": 64,
     "spnasnet_100": 64, "lcnet_035": 64, "tinynet_e": 64, "mixnet_s": 64, "rexnet_100": 64, "ghostnet_050": 64,
     "ghostnetv2_100": 64, "repghostnet_050": 64, "mobileone_s0": 64, "repvgg_a0": 64, "repvit_m0_9": 64,
-    "efficientnet_b0": 64, "efficientnet_es": 64, "efficientnetv2_rw_t": 64, "tf_efficientnet_lite0": 64,
-    "regnetx_002": 64, "regnety_002": 64, "regnetz_b16": 64, "densenet121": 64, "vgg11_bn": 64, "dla46_c": 64,
-    "dpn48b": 64, "darknet17": 64, "cs3darknet_s": 64, "hrnet_w18_small": 64, "selecsls42": 64, "vovnet39a": 64,
+    "efficientnet_b0": 64, "efficientnet_es": 64, "tf_efficientnet_lite0": 64,
+    "regnetx_002": 64, "regnety_002": 64, "densenet121": 64, "vgg11_bn": 64, "dla46_c": 64,
+    "darknet17": 64, "cs3darknet_s": 64, "hrnet_w18_small": 64, "selecsls42": 64, "vovnet39a": 64,
     "ese_vovnet19b_dw": 64, "hgnetv2_b0": 64, "gernet_s": 64, "starnet_s1": 64, "inception_v3": 128,
-    "inception_v4": 128, "inception_resnet_v2": 128, "xception41": 96, "nasnetalarge": 64, "pnasnet5large": 64,
     "levit_128s": 224, "levit_conv_128s": 224, "mobilevit_xxs": 128, "mobilevitv2_050": 128,
     "efficientvit_m0": 224, "efficientvit_b0": 64, "efficientformer_l1": 224, "efficientformerv2_s0": 224,
     "fastvit_t8": 64, "fasternet_t0": 64, "visformer_tiny": 224, "xcit_nano_12_p16_224": 224, "botnet26t_256": 256,
-    "halonet26t": 256, "lambda_resnet26t": 64, "convmixer_768_32": 64, "coat_lite_tiny": 224, "shvit_s1": 64,
-    "tiny_vit_5m_224": 224, "edgenext_xx_small": 64, "nf_regnet_b0": 64, "swiftformer_xs": 224,
+    "halonet26t": 256, "lambda_resnet26t": 64, "shvit_s1": 64,
+    "tiny_vit_5m_224": 224, "swiftformer_xs": 224,
 }  # fmt: skip
 
 
@@ -138,7 +137,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             alone[reason][name] += 1
     for reason, names in sorted(alone.items(), key=lambda item: -sum(item[1].values())):
         lines.append(f"| {reason} | {sum(names.values())} | {', '.join(names)} |")
-    lines += ["", "## Not run by our operator, and why", "", "| architecture | norm | reason |", "|---|---|---|"]
+    lines += [
+        "",
+        "## Not run by our operator, and why",
+        "",
+        "| architecture | norm | reason |",
+        "|---|---|---|",
+    ]
     for name, r in results.items():
         lines += [f"| {name} | `{path or '(the model)'}` | {reason} |" for path, reason in r["left"].items()]
         lines += [f"| {name} | `{path}` | its forward is not called | " for path in r["unseen"]]
@@ -155,7 +160,9 @@ if __name__ == "__main__":
 
     # python architectures.py PAGE [FIRST LAST]: in pieces, each kept beside the page until all are there
     page, kept = Path(sys.argv[1]), Path(sys.argv[1]).with_suffix(".json")
-    chosen = list(ARCHITECTURES)[slice(*map(int, sys.argv[2:4]))] if len(sys.argv) > 2 else list(ARCHITECTURES)
+    chosen = (
+        list(ARCHITECTURES)[slice(*map(int, sys.argv[2:4]))] if len(sys.argv) > 2 else list(ARCHITECTURES)
+    )
     results = json.loads(kept.read_text()) if kept.exists() else {}
     for name in chosen:
         if name in results:

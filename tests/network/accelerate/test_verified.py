@@ -56,6 +56,33 @@ def test_a_bias_in_front_of_a_norm_is_no_reason_to_refuse(seed):
     assert len(record(model).of("called")) == 2
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_values_whose_side_of_a_kink_is_rounding_are_no_reason_to_refuse(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    # every second image is one constant, whose every value lies at the mean of the others, but for rounding
+    x = torch.randn(16, 3, 8, 8)
+    x[1:8:2] = -x[0:8:2]
+    x[8:] = 1e-8 * torch.randn(8, 3, 8, 8)
+    accelerate(model, x)
+    assert len(record(model).of("called")) == 1
+
+
+def test_a_small_error_of_a_kernel_is_found_in_a_network_of_many_kinks(monkeypatch):
+    original = cpu.CpuEngine._backward
+
+    def off(*args, **kwargs):
+        first, *rest = original(*args, **kwargs)
+        return (first * 1.001, *rest)
+
+    monkeypatch.setattr(cpu.CpuEngine, "_backward", staticmethod(off))
+    layers = [nn.Conv2d(3, 8, 3, padding=1)]
+    for _ in range(4):
+        layers += [nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+    with pytest.raises(VerificationError, match="gradients"):
+        accelerate(nn.Sequential(*layers), torch.randn(4, 3, 16, 16))
+
+
 def test_what_was_compiled_for_the_copies_serves_both_modes():
     model = accelerate(prepared(NETWORKS["functional"][0]), image())
     graphs = model._compiled_call_impl.compiled.graphs

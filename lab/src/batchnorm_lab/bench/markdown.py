@@ -11,8 +11,9 @@ from batchnorm_lab.bench.results import Row, latest
 STEP_BAR = {"resnet50": 1.2, "mobilenet_v2": 1.6}
 SHARE_BAR = 0.85
 SHARE_NOTE = (
-    "A training step (forward, loss, backward, SGD) of networks of timm: as given, after `accelerate`, and with a floor "
-    "in which every norm is a copy and activations vanish; medians. The share is (before - after) / (before - floor). "
+    "A training step (forward, loss, backward, SGD) of networks of timm: as given, after `accelerate`, and with a "
+    "floor in which every norm is a copy and activations vanish; medians. "
+    "The share is (before - after) / (before - floor). "
     "Where the floor allocates what our pool has at hand, it is above 1. `python -m batchnorm_lab.bench.shares`."
 )
 SHOWN_SLOWER = 40
