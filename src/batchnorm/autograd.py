@@ -258,11 +258,12 @@ def _by_torch(
         residual = torch.zeros_like(z).requires_grad_()
     with torch.enable_grad():
         # aliases: a gradient is that of this use, though gamma may have been made of z
-        given = (z, norm.gamma, norm.beta, residual)
-        own, gamma, beta, added = inputs = [None if t is None else t.view_as(t) for t in given]
+        own = z.view_as(z)
+        given = (norm.gamma, norm.beta, residual)
+        gamma, beta, added = rest = [None if t is None else t.view_as(t) for t in given]
         used = norm._replace(gamma=gamma, beta=beta, residual=added)
-        y = _composite(own, used, moments if constant else None, mask, between=between, slope=slope)  # type: ignore
-        wanted = [t for t, needed in zip(inputs, need, strict=False) if needed and t is not None]
+        y = _composite(own, used, moments if constant else None, mask, between=between, slope=slope)
+        wanted = [t for t, needed in zip([own, *rest], need, strict=False) if needed and t is not None]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
     return tuple(next(found) if needed else None for needed in need[:4])
 
@@ -279,11 +280,7 @@ def _composite(
 ) -> Tensor:
     """The operator as torch operations. ``moments``: constants; ``slope``: in place of the activation."""
     wide = z.to(aten.compute_dtype(z))
-    if mask is not None:
-        # what is masked may be NaN, and NaN times zero is NaN
-        wide = torch.where(mask, wide, 0)
-        added = None if norm.residual is None else torch.where(mask, norm.residual, 0)
-        norm = norm._replace(residual=added)
+    wide, norm = aten.kept(mask, wide), norm._replace(residual=aten.kept(mask, norm.residual))
     if moments is None:
         statistics = aten.batch_statistics(wide, norm.axis, mask)
         if between is not None:
@@ -299,8 +296,7 @@ def _composite(
         _, mean, var = steps.choose(count, mean, var, fallback)
         moments = Moments(mean, (var + norm.eps).rsqrt())
     u, _ = aten.pre_activation(wide, norm, moments)
-    y = (activate(u, norm.activation) if slope is None else u * slope).to(z.dtype)
-    return y if mask is None else torch.where(mask, y, 0)
+    return aten.kept(mask, (activate(u, norm.activation) if slope is None else u * slope).to(z.dtype))
 
 
 def normalize_batch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,19 +175,11 @@ def batch_norm(
             )
         if y is not None:
             return y
-    given = (
-        training,
-        # inference has no use for it, but an exported graph holds it, as torch's does; callers pass what they like
-        momentum if training or isinstance(momentum, (int, float)) else None,
-        eps,
-        activation,
-        channel_dim,
-        on_single_value,
-        on_nonfinite,
-        virtual_batch_size,
-        masked_output,
-        running_var_correction,
-    )
+    # inference has no use for momentum, but an exported graph holds it, as torch's does; callers pass what they like
+    weight_of_new = momentum if training or isinstance(momentum, (int, float)) else None
+    switches = training, masked_output, running_var_correction
+    policies = on_single_value, on_nonfinite, virtual_batch_size, weight_of_new
+    given = (*switches, eps, activation, channel_dim, *policies)
     try:
         # remembered, for the same few settings come at every call, and to check them costs what a small batch does
         options = _checked(*given) if compiling else _remembered(*given)
@@ -217,23 +209,16 @@ def batch_norm(
     return train(input, weight, bias, residual, mask, masked_output, tracking, tracking, options)
 
 
-def _checked(
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str | None,
-    channel_dim: int,
-    on_single_value: str,
-    on_nonfinite: str,
-    virtual_batch_size: int | None,
-    masked_output: str,
-    running_var_correction: int,
-) -> Options:
-    validation.check_arguments(
-        training, momentum if training else None, eps, activation, on_single_value, on_nonfinite, virtual_batch_size
-    )
-    validation.check_switches(masked_output, running_var_correction)
-    return Options(eps, activation, channel_dim, on_single_value, on_nonfinite, virtual_batch_size, momentum)
+def _checked(training: bool, masked_output: str, running_var_correction: int, *rest: Any) -> Options:
+    options = Options(*rest)
+    validation.check_eps(options.eps, training)
+    for name in ("activation", "on_single_value", "on_nonfinite", "virtual_batch_size"):
+        validation.check_option(name, getattr(options, name))
+    if training:
+        validation.check_momentum(options.momentum)
+    validation.check_option("masked_output", masked_output)
+    validation.check_option("running_var_correction", running_var_correction)
+    return options
 
 
 _remembered = lru_cache(maxsize=256, typed=True)(_checked)

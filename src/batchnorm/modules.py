@@ -183,7 +183,7 @@ class Layer(Populations):
             self._check_input_dim(z)
         validation.check_eps(self.eps, self.training)
         if masked_output != "zero":
-            validation.check_switches(masked_output, self.running_var_correction)
+            validation.check_option("masked_output", masked_output)
         options = Options(
             self.eps,
             self.activation if activation is None else activation,
@@ -247,6 +247,8 @@ class Layer(Populations):
         raise validation.no_script()
 
     def _check_input_dim(self, input: Tensor) -> None:
+        if input.is_nested:  # it has no shape to tell
+            raise validation.no_dense_layout(input)
         if input.dim() not in self._dimensions:
             wanted = " or ".join(f"{d}D" for d in self._dimensions)
             raise ShapeError(
@@ -260,7 +262,7 @@ class Layer(Populations):
         if name in _OPTIONS:
             if name == "process_group" and value is not None:
                 value = names_of(value)
-            validation.check_attribute(name, value)
+            validation.check_option(name, value)
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:

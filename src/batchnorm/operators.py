@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchnorm import steps
 from batchnorm.errors import NonFiniteError
-from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.activations import find
 from batchnorm.kernels.aten import exact_dtype, vector_dtype
 from batchnorm.kernels.contract import Moments, Norm
 from batchnorm.kernels.select import select
@@ -72,7 +72,7 @@ def _asked(
 
 def _training(*given: Any) -> tuple[Tensor, ...]:
     z, norm, mask, fallback = _asked(*given)
-    engine, axis, activation = select(z), norm.axis, norm.activation
+    engine, axis = select(z), norm.axis
     if mask is None:
         y, mean, var, inv_std, _ = engine.forward(z, norm, None)  # type: ignore[misc] # None is for masks
         # an engine may lay its vectors out in one piece, which torch forbids an operator's outputs
@@ -87,11 +87,13 @@ def _training(*given: Any) -> tuple[Tensor, ...]:
     if recomputing():
         # asked when the graph runs: a graph that is re-run by a checkpoint tells of no value
         count = torch.zeros_like(count)
-    side = _nothing(z, torch.bool)
-    if norm.needs_saved and not norm.saves_residual:
-        # engines keep sides in forms of their own; in a graph the form is one that every engine can make
-        side = ACTIVATIONS[activation].side(y)  # type: ignore[index, misc]
-    return y, mean, var, center, inv_std, side, divisor, count
+    return y, mean, var, center, inv_std, side_of(y, norm), divisor, count
+
+
+def side_of(y: Tensor, norm: Norm) -> Tensor:
+    """Give the sides of the kink as bools, which every engine can make; empty where a backward needs none."""
+    saved = None if norm.saves_residual else norm.saved(y)
+    return _nothing(y, torch.bool) if saved is None else saved
 
 
 def _training_fake(*given: Any) -> tuple[Tensor, ...]:
@@ -125,7 +127,7 @@ def _training_backward(
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if side.numel():
-        dy = torch.where(side, dy, dy * ACTIVATIONS[activation].slope)  # type: ignore[index]
+        dy = torch.where(side, dy, dy * find(activation).slope)
         activation = None
     norm = Norm(axis, eps, gamma, beta, None, activation, residual is not None)
     moments, engine = Moments(center, inv_std), select(z)

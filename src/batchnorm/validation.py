@@ -27,27 +27,11 @@ from batchnorm.errors import (
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.written import plain_shape, unwritten
 
-SINGLE_VALUE_POLICIES = ("error", "running")
-NONFINITE_POLICIES = ("skip", "propagate", "raise")
-MASKED_OUTPUTS = ("zero", "input")
-
-
-def check_arguments(
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str | None,
-    on_single_value: str,
-    on_nonfinite: str,
-    virtual_batch_size: int | None,
-) -> None:
-    """Raise `ArgumentError` unless every argument is in its range."""
-    check_momentum(momentum)
-    check_eps(eps, training)
-    check_activation(activation)
-    _one_of("on_single_value", on_single_value, SINGLE_VALUE_POLICIES)
-    _one_of("on_nonfinite", on_nonfinite, NONFINITE_POLICIES)
-    check_virtual_batch_size(virtual_batch_size)
+_ALLOWED = {
+    "on_single_value": ("error", "running"),
+    "on_nonfinite": ("skip", "propagate", "raise"),
+    "masked_output": ("zero", "input"),
+}
 
 
 def check_virtual_batch_size(virtual_batch_size: int | None) -> None:
@@ -123,45 +107,31 @@ def check_activation(activation: str | None) -> None:
         )
 
 
-def check_switches(masked_output: str, running_var_correction: int) -> None:
-    """Raise `ArgumentError` unless both switches have one of their values."""
-    _one_of("masked_output", masked_output, MASKED_OUTPUTS)
-    if running_var_correction not in (0, 1):
+def check_option(name: str, value: Any) -> None:
+    """Raise `ArgumentError` unless an option of the operator or of a layer may have this value; eps is apart."""
+    if name in _ALLOWED and value not in _ALLOWED[name]:
         raise ArgumentError(
-            f"batch_norm: running_var_correction must be 1 or 0, and is {running_var_correction!r}.",
-            why="running_var has divisor m - 1 (torch) or m (Keras, flax, ONNX), and no other is in use.",
-            mend="1 to exchange statistics with torch, 0 with the others.",
+            f"batch_norm: {name}={value!r} is not known.",
+            why="a policy that is not understood would be ignored in silence.",
+            mend=f"one of {', '.join(map(repr, _ALLOWED[name]))}.",
         )
-
-
-def check_attribute(name: str, value: Any) -> None:
-    """Raise `ArgumentError` unless an option of a layer may have this value."""
     if name == "activation":
         check_activation(value)
     elif name == "momentum":
         check_momentum(value)
-    elif name == "on_single_value":
-        _one_of(name, value, SINGLE_VALUE_POLICIES)
-    elif name == "on_nonfinite":
-        _one_of(name, value, NONFINITE_POLICIES)
     elif name == "virtual_batch_size":
         check_virtual_batch_size(value)
-    elif name == "running_var_correction":
-        check_switches("zero", value)
+    elif name == "running_var_correction" and value not in (0, 1):
+        raise ArgumentError(
+            f"batch_norm: running_var_correction must be 1 or 0, and is {value!r}.",
+            why="running_var has divisor m - 1 (torch) or m (Keras, flax, ONNX), and no other is in use.",
+            mend="1 to exchange statistics with torch, 0 with the others.",
+        )
     elif name == "channel_dim" and (isinstance(value, bool) or not isinstance(value, int) or value == 0):
         raise ArgumentError(
             f"batch_norm: channel_dim={value!r} is no channel axis.",
             why="axis 0 is the batch; the channel is one of the others.",
             mend="1, or -1 for the last axis.",
-        )
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ArgumentError(
-            f"batch_norm: {name}={value!r} is not known.",
-            why="a policy that is not understood would be ignored in silence.",
-            mend=f"one of {', '.join(map(repr, allowed))}.",
         )
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels.activations import activate
-from batchnorm.kernels.aten import vector_dtype
+from batchnorm.kernels.aten import kept, vector_dtype
 from batchnorm.kernels.contract import Norm
 from batchnorm.population import Tracking
 
@@ -30,11 +30,8 @@ def infer(
     mean, var = _as(mean, dtype), _as(var, dtype)
     # inference has no use for it, but a tool may turn the graph to training
     momentum = momentum or 0.0
-    if mask is None:
-        return _normalize(z, norm, mean, var, False, momentum)
-    residual = None if norm.residual is None else torch.where(mask, norm.residual, 0)
-    clean, norm = torch.where(mask, z, 0), norm._replace(residual=residual)
-    return torch.where(mask, _normalize(clean, norm, mean, var, False, momentum), 0)
+    norm = norm._replace(residual=kept(mask, norm.residual))
+    return kept(mask, _normalize(kept(mask, z), norm, mean, var, False, momentum))
 
 
 def train(z: Tensor, norm: Norm, tracking: Tracking | None) -> Tensor:

@@ -406,3 +406,13 @@ def test_a_sparse_input_is_refused_with_the_way_out(training):
         layer(torch.eye(3).to_sparse())
     assert "to_dense" in str(caught.value)
     assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "layer", [batchnorm.BatchNorm1d(3), batchnorm.BatchNorm2d(3)], ids=["fits", "does not"]
+)
+def test_a_nested_input_is_refused_with_the_way_out(layer):
+    nested = torch.nested.nested_tensor([torch.ones(3, 5), torch.ones(3, 2)])
+    with pytest.raises(batchnorm.errors.LayoutError, match="to_padded_tensor"):
+        layer(nested)

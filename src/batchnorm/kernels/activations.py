@@ -63,6 +63,24 @@ PIECEWISE_LINEAR = tuple(name for name, a in ACTIVATIONS.items() if a.side)
 
 CODES: dict[str | None, int] = {None: 0} | {name: a.code for name, a in ACTIVATIONS.items()}
 
+_IDENTITY = Activation(0, lambda u: u, lambda dy, u: dy)
+
+
+def find(activation: str | None) -> Activation:
+    """Give an activation by its name; the identity for None.
+
+    Parameters
+    ----------
+    activation : str or None
+        One of `ACTIVATIONS`.
+
+    Returns
+    -------
+    Activation
+        What it is.
+    """
+    return _IDENTITY if activation is None else ACTIVATIONS[activation]
+
 
 def activate(u: Tensor, activation: str | None) -> Tensor:
     """Apply an activation by its name.
@@ -79,4 +97,4 @@ def activate(u: Tensor, activation: str | None) -> Tensor:
     Tensor
         ``activation(u)``; ``u`` itself for None.
     """
-    return u if activation is None else ACTIVATIONS[activation].value(u)
+    return find(activation).value(u)

@@ -7,13 +7,17 @@ differentiable, and also serve where torch's operations must be seen.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.activations import ACTIVATIONS, activate
+from batchnorm.kernels.activations import activate, find
 from batchnorm.kernels.contract import Backward, Forward, Moments, Norm, Statistics
 from batchnorm.layout import values_per_channel, vector_shape
 from batchnorm.population import Tracking, commit
+
+_Maybe = TypeVar("_Maybe", Tensor, "Tensor | None")
 
 
 def inverse_deviation(var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -79,9 +83,9 @@ def pre_activation(z: Tensor, norm: Norm, moments: Moments) -> tuple[Tensor, Ten
     return u, z_hat
 
 
-def _hidden(mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    # what is masked may be NaN, and NaN times zero is NaN
-    return tensors if mask is None else tuple(None if t is None else torch.where(mask, t, 0) for t in tensors)
+def kept(mask: Tensor | None, t: _Maybe) -> _Maybe:
+    """Put 0 where a mask is False: what stands there may be NaN, and NaN times zero is NaN."""
+    return t if mask is None or t is None else torch.where(mask, t, 0)
 
 
 def _as(z: Tensor, value: Tensor) -> Tensor:
@@ -113,14 +117,10 @@ class AtenEngine:
         out: Tensor | None = None,
         save: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        given = norm.residual
-        z_, residual = _hidden(mask, z, given)
-        u, _ = pre_activation(z_, norm._replace(residual=residual), moments)  # type: ignore[arg-type]
-        (y,) = _hidden(mask, activate(u, norm.activation))
-        saved = None
-        if save and norm.needs_saved:
-            saved = given if norm.saves_residual else ACTIVATIONS[norm.activation].side(u)  # type: ignore
-        return _as(z, y) if out is None else out.copy_(y), saved  # type: ignore[arg-type]
+        used = norm._replace(residual=kept(mask, norm.residual))
+        u, _ = pre_activation(kept(mask, z), used, moments)
+        y = kept(mask, activate(u, norm.activation))
+        return _as(z, y) if out is None else out.copy_(y), norm.saved(u) if save else None
 
     def infer(self, z: Tensor, norm: Norm, mean: Tensor, var: Tensor, out: Tensor | None = None) -> Tensor:
         dtype = vector_dtype(z)
@@ -194,15 +194,11 @@ class AtenEngine:
     ) -> tuple[Tensor, Tensor]:
         if z.numel():  # of no value there is nothing to save
             norm.check_saved(saved)
-        residual = saved if norm.saves_residual else None
-        dy, z, residual = _hidden(mask, dy, z, residual)  # type: ignore[assignment]
-        u, z_hat = pre_activation(z, norm._replace(residual=residual), moments)
-        du = dy.to(u.dtype)
-        if norm.activation is None:
-            return du, z_hat
-        activation = ACTIVATIONS[norm.activation]
-        if norm.needs_saved and not norm.saves_residual:
-            return torch.where(saved, du, du * activation.slope), z_hat  # type: ignore[arg-type]
+        residual = kept(mask, saved) if norm.saves_residual else None
+        u, z_hat = pre_activation(kept(mask, z), norm._replace(residual=residual), moments)
+        du, activation = kept(mask, dy).to(u.dtype), find(norm.activation)
+        if saved is not None and activation.side is not None:
+            return torch.where(saved, du, du * activation.slope), z_hat
         return activation.backward(du, u), z_hat
 
     @staticmethod
@@ -230,8 +226,8 @@ class AtenEngine:
         )
         scale = moments.inv_std.to(du.dtype)
         scale = scale if norm.gamma is None else scale * norm.gamma.to(du.dtype)
-        (dz,) = _hidden(mask, (du - first - z_hat * second) * scale.view(shape))
-        return _as(z, dz), _as(z, du) if with_residual else None  # type: ignore[arg-type]
+        dz = kept(mask, (du - first - z_hat * second) * scale.view(shape))
+        return _as(z, dz), _as(z, du) if with_residual else None
 
 
 engine = AtenEngine()

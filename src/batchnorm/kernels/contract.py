@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import ArgumentError
-from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.activations import find
 from batchnorm.population import Tracking
 
 
@@ -55,7 +55,23 @@ class Norm(NamedTuple):
     @property
     def saves_residual(self) -> bool:
         """Whether what is saved is the residual itself; else the side of the kink of each element."""
-        return self.needs_saved and ACTIVATIONS[self.activation].side is None  # type: ignore[index]
+        return self.needs_saved and find(self.activation).side is None
+
+    def saved(self, u: Tensor) -> Tensor | None:
+        """Give what a backward needs beside z and the moments, in torch's operations.
+
+        Parameters
+        ----------
+        u : Tensor
+            The pre-activation, or the output: they lie on the same side of a kink.
+
+        Returns
+        -------
+        Tensor or None
+            The residual, or the side of the kink of each element; None where nothing is needed.
+        """
+        side = find(self.activation).side
+        return None if not self.needs_saved else self.residual if side is None else side(u)
 
     def check_saved(self, saved: Tensor | None) -> None:
         """Raise `ArgumentError` where a backward needs ``saved`` and has none.

@@ -15,7 +15,7 @@ import importlib
 import os
 import warnings
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ if _core is not None:
     takes, watch, backward_at_once = _core.takes, _core.watch, _core.backward_at_once
     train_at_once, infer_at_once = _core.train_at_once, _core.infer_at_once
 
+_Maybe = TypeVar("_Maybe", Tensor, "Tensor | None")
+
 MOST_AXES = 16
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -87,7 +89,7 @@ def _plain(z: Tensor, axis: int) -> tuple[Tensor, tuple[int, ...]]:
     return z, strides
 
 
-def _beside(t: Tensor | None, z: Tensor, strides: tuple[int, ...]) -> Tensor | None:
+def _beside(t: _Maybe, z: Tensor, strides: tuple[int, ...]) -> _Maybe:
     """Give ``t`` with these strides and z's dtype."""
     if t is None:
         return None
@@ -263,7 +265,7 @@ class CpuEngine:
             saved = _beside(saved, plain, strides)
         norm = _plain_norm(norm, plain, strides)
         given = [v if v is None else v.detach().resolve_neg() for v in (*moments, *sums)]
-        dy = _beside(dy, plain, strides)  # type: ignore[assignment]
+        dy = _beside(dy, plain, strides)
         found = _core.backward(
             parts, dy, plain, norm, code, *given[:2], saved, *given[2:], count, with_residual, mask, exact
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.kernels import aten
-from batchnorm.kernels.activations import ACTIVATIONS, LEAKY_SLOPE, activate
+from batchnorm.kernels.activations import LEAKY_SLOPE, activate
 from batchnorm.kernels.contract import Backward, Forward, Moments, Norm
 from batchnorm.layout import values_per_channel
 from batchnorm.population import Tracking, commit
@@ -207,10 +207,7 @@ def _finished(
     z: Tensor, u: Tensor, norm: Norm, out: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Give y of u, and what the backward needs with it."""
-    saved = None
-    if save and norm.needs_saved:
-        saved = norm.residual if norm.saves_residual else ACTIVATIONS[norm.activation].side(u)  # type: ignore
-    return _given(z, activate(u, norm.activation), out), saved
+    return _given(z, activate(u, norm.activation), out), norm.saved(u) if save else None
 
 
 engine = TorchEngine()

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._guards import TracingContext
 
 from batchnorm import steps
-from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.activations import find
 from batchnorm.kernels.aten import exact_dtype, vector_dtype
 from batchnorm.kernels.contract import Moments, Norm
 from batchnorm.kernels.select import select
 from batchnorm.layout import values_per_channel
-from batchnorm.operators import recomputing
+from batchnorm.operators import recomputing, side_of
 from batchnorm.pooling.ranks import RankPooling, pools
 from batchnorm.steps import Constants
 
@@ -98,10 +98,7 @@ def _pooled(
     if recomputing():
         # neither values nor an empty batch: nothing moves a second time
         count = torch.full_like(count, -1)
-    side = z.new_empty(0, dtype=torch.bool)
-    if norm.needs_saved and not norm.saves_residual:
-        side = ACTIVATIONS[activation].side(y)  # type: ignore[index, misc]
-    return y, mean, var, center, inv_std, side, divisor, count, torch.zeros_like(ticket)
+    return y, mean, var, center, inv_std, side_of(y, norm), divisor, count, torch.zeros_like(ticket)
 
 
 def _between(pooling: str) -> RankPooling | None:
@@ -144,7 +141,7 @@ def _pooled_backward(
 ) -> tuple[Tensor, ...]:
     _chain.ticket = None
     if side.numel():
-        dy = torch.where(side, dy, dy * ACTIVATIONS[activation].slope)  # type: ignore[index]
+        dy = torch.where(side, dy, dy * find(activation).slope)
     if side.numel() or (residual is None and not z.numel()):
         activation = None
     norm = Norm(axis, eps, gamma, beta, None, activation, residual is not None)
