@@ -20,7 +20,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ import torch
 import batchnorm
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm_lab.data import ImageData
-from batchnorm_lab.studies.intervals import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, Interval
+from batchnorm_lab.studies.intervals import SEEDS_NEEDED, VERDICTS, Interval, verdict
 from batchnorm_lab.studies.records import RecordFile
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ Record = dict[str, Any]
 Advance = Callable[[float], None]
 
 LEVELS = ("quick", "default", "full")
-SEEDS_NEEDED = 5
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,29 @@ class Finding:
         What is claimed.
     interval : Interval
         What was measured.
-    verdict : str
-        "borne out", "not borne out" or "undecided"; "" for a figure that is not a claim.
     text : str
         What was measured, in words with its numbers.
+    above, below : float or None
+        What is claimed of the true value; neither for a figure that is not a claim.
+    margin : float or None
+        What is as good as the threshold, in the unit of the interval.
+    verdict : str
+        One of `intervals.VERDICTS`, by `make_answer`; "" for a figure that is not a claim.
     """
 
     claim: str
     statement: str
     interval: Interval
-    verdict: str
     text: str
+    above: float | None = None
+    below: float | None = None
+    margin: float | None = None
+    verdict: str = ""
+
+    @property
+    def claims(self) -> bool:
+        """Whether there is a verdict to give."""
+        return self.above is not None or self.below is not None
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,10 @@ class Answer:
 
 
 def make_answer(findings: Sequence[Finding], remarks: Sequence[str] = ()) -> Answer:
-    """Put findings together to an answer that says how sure it is.
+    """Judge findings together, and put them to an answer that says how sure it is.
+
+    Each verdict is taken from the interval that holds together with those of all other findings of the study
+    (:meth:`Interval.together`), so that the more is asked, the more each answer needs.
 
     Parameters
     ----------
@@ -130,9 +144,11 @@ def make_answer(findings: Sequence[Finding], remarks: Sequence[str] = ()) -> Ans
     >>> from batchnorm_lab.studies.contract import Finding, make_answer
     >>> from batchnorm_lab.studies.intervals import mean_interval
     >>> gain = mean_interval([1.0, 1.1, 0.9, 1.0, 1.2])
-    >>> print(make_answer([Finding("M12", "Learning is faster", gain, "borne out", "gain 1.0")]))
+    >>> print(make_answer([Finding("M12", "Learning is faster", gain, "gain 1.0", above=0.0)]))
     M12: borne out in 1 of 1. Learning is faster: borne out, gain 1.0. (95 % intervals over 5 seeds.)
     """
+    judged = sum(finding.claims for finding in findings)
+    findings = [_judge(finding, judged) for finding in findings]
     seeds = min(finding.interval.seeds for finding in findings)
     sentences = [_tally(findings)]
     for finding in findings:
@@ -146,8 +162,18 @@ def make_answer(findings: Sequence[Finding], remarks: Sequence[str] = ()) -> Ans
             f"{SEEDS_NEEDED}.)"
         )
     else:
-        sentences.append(f"(95 % intervals over {seeds} seeds.)")
+        together = f" The {judged} verdicts hold together with 95 % (Bonferroni)." if judged > 1 else ""
+        sentences.append(f"(95 % intervals over {seeds} seeds.{together})")
     return Answer(" ".join(sentence for sentence in sentences if sentence), tuple(findings), seeds)
+
+
+def _judge(finding: Finding, together: int) -> Finding:
+    """Return a finding with its verdict, taken so that all of them hold."""
+    if not finding.claims:
+        return finding
+    wide = finding.interval.together(together)
+    said = verdict(wide, above=finding.above, below=finding.below, margin=finding.margin)
+    return replace(finding, verdict=said)
 
 
 def _tally(findings: Sequence[Finding]) -> str:
@@ -155,11 +181,7 @@ def _tally(findings: Sequence[Finding]) -> str:
     parts = []
     for claim in sorted({f.claim for f in findings if f.claim and f.verdict}, key=lambda name: int(name[1:])):
         verdicts = [f.verdict for f in findings if f.claim == claim and f.verdict]
-        counts = [
-            f"{verdict} in {verdicts.count(verdict)}"
-            for verdict in (BORNE_OUT, NOT_BORNE_OUT, UNDECIDED)
-            if verdict in verdicts
-        ]
+        counts = [f"{name} in {verdicts.count(name)}" for name in VERDICTS if name in verdicts]
         parts.append(f"{claim}: {', '.join(counts)} of {len(verdicts)}.")
     return " ".join(parts)
 

@@ -24,7 +24,7 @@ from batchnorm_lab.studies.contract import (
 )
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import figure, legend_below
-from batchnorm_lab.studies.intervals import mean_interval, paired_difference, verdict
+from batchnorm_lab.studies.intervals import mean_interval, paired_difference
 from batchnorm_lab.studies.records import values
 from batchnorm_lab.studies.sequences import SequenceEnsemble
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, mini_batches, train
@@ -215,9 +215,9 @@ def answer(records: list[Record]) -> Answer:
                 {"momentum": "M11", "variance": "M11", "fine-tuning": "M11", "padding": "M8"}[trap],
                 statement,
                 cost,
-                verdict(cost, above=0.0),
                 f"{mean_interval(right).estimate:.1f} % the right way, {mean_interval(wrong).estimate:.1f} % in "
                 f"the trap: cost {cost.text(2, ' points')}",
+                above=0.0,
             )
         )
     second = {way: _of(records, "fine-tuning", way, "second task") for way in (RIGHT, WRONG)}

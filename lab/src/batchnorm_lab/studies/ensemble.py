@@ -27,6 +27,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Where an MLP can be normalized: its inputs, z (before the activation), a (after it), its outputs.
 PLACES = ("inputs", "before", "after", "outputs")
+# What stands before the sum of a hidden layer with its shortcut: nothing, 1 / sqrt(layers), or a learned scalar
+# that begins at 0 (S. De and S. Smith, SkipInit, 2020, arXiv:2002.10444).
+SHORTCUTS = ("plain", "scaled", "from zero")
 
 Normalizer = Callable[[int], nn.Module]
 
@@ -112,6 +115,8 @@ class MLPEnsemble(Ensemble):
         A factor on the initial weights of each network.
     normalizer : callable or None
         Makes the layer that normalizes ``R * C`` channels of ``R * C`` values; None is BatchNorm1d.
+    shortcut : str or None
+        One of `SHORTCUTS`: every hidden layer but the first is added to its own input, of the same width.
     **norm
         Arguments of BatchNorm1d.
 
@@ -134,14 +139,19 @@ class MLPEnsemble(Ensemble):
         gain: float = 1.0,
         weight_scale: Sequence[float] | None = None,
         normalizer: Normalizer | None = None,
+        shortcut: str | None = None,
         **norm: object,
     ) -> None:
         super().__init__(seeds)
         make = normalizer or (lambda channels: BatchNorm1d(channels, **norm))  # type: ignore[arg-type]
         self.sizes, self.places = tuple(sizes), frozenset(places)
         self.activation = ACTIVATIONS[activation]
+        self.shortcut = shortcut
+        if shortcut not in (None, *SHORTCUTS) or (shortcut and len(set(sizes[1:-1])) > 1):
+            raise ValueError(f"shortcut={shortcut!r} needs one of {SHORTCUTS} and hidden layers of one width")
         scale = torch.ones(self.runs) if weight_scale is None else torch.tensor(list(weight_scale))
         hidden = len(sizes) - 2
+        self.branches = nn.Parameter(torch.zeros(self.runs, hidden)) if shortcut == "from zero" else None
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         self.norms = nn.ModuleDict()
@@ -222,10 +232,16 @@ class MLPEnsemble(Ensemble):
                 z = self._normalize(f"before{layer}", z)
             if keep is not None:
                 keep.append(z)
-            x = self.activation(z)
+            a = self.activation(z)
             if "after" in self.places:
-                x = self._normalize(f"after{layer}", x)
+                a = self._normalize(f"after{layer}", a)
+            x = a if self.shortcut is None or layer == 0 else x + self._branch(layer) * a
         return x
+
+    def _branch(self, layer: int) -> Tensor | float:
+        if self.branches is not None:
+            return self.branches[:, layer, None, None]
+        return (len(self.sizes) - 2) ** -0.5 if self.shortcut == "scaled" else 1.0
 
     def _normalize(self, name: str, z: Tensor) -> Tensor:
         runs, samples, channels = z.shape

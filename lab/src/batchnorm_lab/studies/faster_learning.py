@@ -22,7 +22,7 @@ from batchnorm_lab.studies.contract import (
 )
 from batchnorm_lab.studies.ensemble import ConvEnsemble, Ensemble, MLPEnsemble
 from batchnorm_lab.studies.figures import figure, legend_below, line
-from batchnorm_lab.studies.intervals import Interval, median_interval, verdict
+from batchnorm_lab.studies.intervals import Interval, median_interval
 from batchnorm_lab.studies.records import select, values
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, train
 
@@ -280,9 +280,7 @@ def _compared(model: str, statement: str, base: list[Record], other: list[Record
             f": {atleast}{ratio.estimate:.1f} {interval} times as many without; a step costs {cost:.2f} times as "
             f"much with it, so {atleast}{ratio.estimate / cost:.1f} times as much processor time without"
         )
-    return Finding(
-        "M12", f"{model.upper()} to {target:.0%}, {statement}", ratio, verdict(ratio, above=1.0), text
-    )
+    return Finding("M12", f"{model.upper()} to {target:.0%}, {statement}", ratio, text, above=1.0)
 
 
 def answer(records: list[Record]) -> Answer:

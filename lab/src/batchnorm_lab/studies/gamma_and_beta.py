@@ -21,16 +21,18 @@ from batchnorm_lab.studies.contract import (
     Unit,
     make_answer,
 )
+from batchnorm_lab.studies.curves import final, over_training
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import bars, figure, legend_below
-from batchnorm_lab.studies.intervals import mean_interval, paired_difference, verdict
-from batchnorm_lab.studies.records import select, values
+from batchnorm_lab.studies.intervals import mean_interval, paired_difference
+from batchnorm_lab.studies.records import at_edges, best, select
 from batchnorm_lab.studies.shifted_inputs import noise
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Curve = Callable[..., float]
 ARMS: dict[str, tuple[str, ...]] = {  # which of the two are learned
     "both learned": ("weight", "bias"),
     "gamma alone": ("weight",),
@@ -38,6 +40,7 @@ ARMS: dict[str, tuple[str, ...]] = {  # which of the two are learned
     "both fixed": (),
 }
 ACTIVATIONS = ("sigmoid", "relu")
+MARGIN = 0.5  # points of accuracy that are as good as none
 NOISE = 3
 """Severity of the noise on every image, training and test: the digits as they are tell nothing apart."""
 
@@ -135,49 +138,15 @@ def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Resu
     ]
 
 
-def final(result: Result, part: str = "accuracy") -> float:
-    """Return the accuracy at the end, in %: the mean of the last five looks.
-
-    Parameters
-    ----------
-    result : dict
-        Of a run.
-    part : {"accuracy", "validation"}, default "accuracy"
-        Of test or of validation images.
-
-    Returns
-    -------
-    float
-        0 to 100.
-    """
-    last = result[part][-5:]
-    return 100 * sum(last) / len(last)
-
-
-def over_training(result: Result) -> float:
-    """Return the mean accuracy over the whole training, in %: high for what learns fast and well.
-
-    Parameters
-    ----------
-    result : dict
-        Of a run.
-
-    Returns
-    -------
-    float
-        0 to 100.
-    """
-    later = result["accuracy"][1:]
-    return 100 * sum(later) / len(later)
-
-
-def best_rate(records: list[Record], activation: str, arm: str) -> float:
-    """Return the rate with the highest accuracy at the end on validation images, averaged over seeds.
+def best_rate(records: list[Record], measured: Curve, activation: str, arm: str) -> float:
+    """Return the rate that is best for what is measured, on validation images, averaged over seeds.
 
     Parameters
     ----------
     records : list of dict
         Of this study.
+    measured : callable
+        `curves.final` or `curves.over_training`.
     activation, arm : str
         Which networks.
 
@@ -186,36 +155,29 @@ def best_rate(records: list[Record], activation: str, arm: str) -> float:
     float
         One of the rates tried.
     """
-    rates = sorted({record["setting"]["rate"] for record in select(records, activation=activation, arm=arm)})
-    return max(
-        rates,
-        key=lambda rate: sum(
-            values(records, lambda r: final(r, "validation"), activation=activation, arm=arm, rate=rate)
-        ),
-    )
+    where = {"activation": activation, "arm": arm}
+    return float(best(records, "rate", lambda r: measured(r, "validation"), **where))
 
 
-def of_arm(
-    records: list[Record], activation: str, arm: str, measured: Callable[[Result], float]
-) -> list[float]:
-    """Return a figure of an arm's runs at its best rate, one a seed.
+def of_arm(records: list[Record], measured: Curve, activation: str, arm: str) -> list[Record]:
+    """Return an arm's runs at its best rate, one a seed.
 
     Parameters
     ----------
     records : list of dict
         Of this study.
+    measured : callable
+        For what the rate is the best.
     activation, arm : str
         Which networks.
-    measured : callable
-        From a result to a figure.
 
     Returns
     -------
-    list of float
+    list of dict
         In the order of the seeds.
     """
-    rate = best_rate(records, activation, arm)
-    return values(records, measured, activation=activation, arm=arm, rate=rate)
+    rate = best_rate(records, measured, activation, arm)
+    return select(records, activation=activation, arm=arm, rate=rate)
 
 
 def answer(records: list[Record]) -> Answer:
@@ -223,34 +185,35 @@ def answer(records: list[Record]) -> Answer:
     findings, remarks = [], []
     for activation in ACTIVATIONS:
         for measured, name in ((over_training, "mean accuracy over training"), (final, "final accuracy")):
-            learned = of_arm(records, activation, "both learned", measured)
-            fixed = of_arm(records, activation, "both fixed", measured)
+            learned, fixed = (
+                [measured(run["result"]) for run in of_arm(records, measured, activation, arm)]
+                for arm in ("both learned", "both fixed")
+            )
             gain = paired_difference(learned, fixed)
             findings.append(
                 Finding(
                     "M4",
                     f"{activation}: learning gamma and beta is better than leaving them at 1 and 0, {name}",
                     gain,
-                    verdict(gain, above=0.0),
                     f"{mean_interval(learned).estimate:.1f} % against {mean_interval(fixed).estimate:.1f} %, "
                     f"{gain.text(2, ' points', signed=True)}",
+                    above=0.0,
+                    margin=MARGIN,
                 )
             )
-        gamma = mean_interval(of_arm(records, activation, "both learned", lambda r: r["moved"]["gamma"]))
-        beta = mean_interval(of_arm(records, activation, "both learned", lambda r: r["moved"]["beta"]))
+        moved = [run["result"]["moved"] for run in of_arm(records, final, activation, "both learned")]
+        gamma, beta = (mean_interval(far[name] for far in moved) for name in ("gamma", "beta"))
         remarks.append(
             f"With {activation}, learned gammas end {gamma.estimate:.2f} away from 1 and betas "
             f"{beta.estimate:.2f} away from 0 (means over units)."
         )
-    edges = [
-        best_rate(records, activation, arm) in (min(rates), max(rates))
-        for rates in [{record["setting"]["rate"] for record in records}]
+    rates = [
+        best_rate(records, measured, activation, arm)
+        for measured in (over_training, final)
         for activation in ACTIVATIONS
-        for arm in ARMS
+        for arm in ("both learned", "both fixed")
     ]
-    remarks.append(
-        f"Rates were chosen on validation images; {sum(edges)} of {len(edges)} lie at an edge of the grid."
-    )
+    remarks.append(at_edges(records, rates))
     return make_answer(findings, remarks)
 
 
@@ -260,7 +223,10 @@ def plot(records: list[Record]) -> Figure:
     for panel, (measured, name) in zip(
         axes[0], ((over_training, "mean over training"), (final, "at the end")), strict=True
     ):
-        series = {arm: [of_arm(records, a, arm, measured) for a in ACTIVATIONS] for arm in ARMS}
+        series = {
+            arm: [[measured(run["result"]) for run in of_arm(records, measured, a, arm)] for a in ACTIVATIONS]
+            for arm in ARMS
+        }
         bars(panel, [f"3 x 100 {a}" for a in ACTIVATIONS], series)
         lowest = min(min(runs) for groups in series.values() for runs in groups)
         panel.set(title=name, ylabel="test accuracy, noisy digits (%)", ylim=(max(0, lowest - 5), 100))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from batchnorm_lab.data import ImageData
 from batchnorm_lab.studies.contract import (
@@ -20,7 +21,7 @@ from batchnorm_lab.studies.contract import (
 )
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import figure
-from batchnorm_lab.studies.intervals import Interval, mean_interval, paired_difference, verdict
+from batchnorm_lab.studies.intervals import mean_interval, paired_difference
 from batchnorm_lab.studies.records import select
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, train
 
@@ -30,127 +31,177 @@ if TYPE_CHECKING:
 KINDS = {"sgd": "SGD", "momentum": "SGD, momentum 0.9", "adam": "Adam"}
 ARMS = {False: "plain", True: "batch norm"}
 MARGIN = 0.02  # "works": within 2 points of the best
+USUAL: dict[str, float] = {"scale": 0.0, "batch": 60, "decay": 0.0, "width": 50, "momentum": 0.9}
+"""What a network has where nothing else is said; the scale of the initial weights is He's, as a power of ten."""
+AXES = {
+    "batch": "mini-batch",
+    "decay": "weight decay",
+    "width": "width",
+    "momentum": "momentum",
+}
+"""What is varied beside the learning rate, with the usual initial scale; under SGD with momentum."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The grid, in powers of ten, and sizes of the study."""
+    """The grids and sizes of the study; rates and scales in powers of ten."""
 
-    seeds: int = 5
+    seeds: int = 6
     steps: int = 500
-    batch: int = 60
     rate_exponents: tuple[float, ...] = tuple(k / 2 for k in range(-8, 5))
     scale_exponents: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
+    batch: tuple[float, ...] = (8, 60, 240)
+    decay: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1)
+    width: tuple[float, ...] = (10, 50, 200)
+    momentum: tuple[float, ...] = (0.0, 0.5, 0.9, 0.99)
 
 
 def units(config: Config) -> list[Unit]:
-    """Return one unit for each optimizer and arm; the whole grid of it is trained together."""
-    return [
-        Unit(
-            [
-                {
-                    "optimizer": kind,
-                    "normalized": normalized,
-                    "rate_exponent": rate,
-                    "scale_exponent": scale,
-                    "seed": seed,
-                    "steps": config.steps,
-                    "batch": config.batch,
-                }
-                for scale in config.scale_exponents
-                for rate in config.rate_exponents
-                for seed in range(config.seeds)
-            ],
-            cost=1.3 if normalized else 1.0,
-        )
-        for kind in KINDS
+    """Return one unit for each optimizer and arm, with all scales, and one for each other hyperparameter's value."""
+
+    def unit(kind: str, normalized: bool, axis: str, values: Sequence[float], cost: float) -> Unit:
+        settings = [
+            {
+                "optimizer": kind,
+                "normalized": normalized,
+                "axis": axis,
+                **USUAL,
+                axis: value,
+                "rate_exponent": rate,
+                "seed": seed,
+                "steps": config.steps,
+            }
+            for value in values
+            for rate in config.rate_exponents
+            for seed in range(config.seeds)
+        ]
+        return Unit(settings, (1.3 if normalized else 1.0) * cost * len(settings))
+
+    grids = [
+        unit(kind, normalized, "scale", config.scale_exponents, 1.0) for kind in KINDS for normalized in ARMS
+    ]
+    costs = {"batch": 1 / 60, "width": 1 / 50}
+    grids += [
+        unit("momentum", normalized, axis, [value], max(0.5, value * costs.get(axis, 0.0)))
+        for axis in AXES
+        for value in getattr(config, axis)
         for normalized in ARMS
     ]
+    return grids
 
 
 def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Result]:
-    """Train every setting of the grid and return its final test accuracy."""
+    """Train every setting of a unit; return its final accuracies on validation and test images."""
     first = unit[0]
+    choose, report = data.with_validation()
+    width = int(first["width"])
     networks = MLPEnsemble(
-        (data.train_images[0].numel(), 50, 50, len(data.classes)),
+        (data.train_images[0].numel(), width, width, len(data.classes)),
         [setting["seed"] for setting in unit],
         activation="relu",
         gain=2**0.5,
         places={"before"} if first["normalized"] else (),
-        weight_scale=[10.0 ** setting["scale_exponent"] for setting in unit],
+        weight_scale=[10.0 ** setting["scale"] for setting in unit],
     )
     rates = [10.0 ** setting["rate_exponent"] for setting in unit]
-    optimizer = EnsembleOptimizer(networks, rates, first["optimizer"])
-    train(networks, optimizer, data, steps=first["steps"], batch=first["batch"], advance=advance)
+    optimizer = EnsembleOptimizer(
+        networks, rates, first["optimizer"], momentum=first["momentum"], decay=first["decay"]
+    )
+    train(networks, optimizer, report, steps=first["steps"], batch=int(first["batch"]), advance=advance)
     networks.eval()
+    parts = [accuracy(networks, part.test_images, part.test_labels).tolist() for part in (choose, report)]
     return [
-        {"accuracy": round(a, 4)} for a in accuracy(networks, data.test_images, data.test_labels).tolist()
+        {"validation": round(one, 4), "accuracy": round(other, 4)} for one, other in zip(*parts, strict=True)
     ]
 
 
-def axis(records: Sequence[Record], name: str) -> list[float]:
+def steps_of(records: Sequence[Record], name: str) -> list[float]:
     """Return the values of one axis of the grid, in order.
 
     Parameters
     ----------
     records : sequence of dict
         Of this study.
-    name : {"rate_exponent", "scale_exponent"}
-        The axis.
+    name : str
+        Of the settings.
 
     Returns
     -------
     list of float
-        Powers of ten.
+        Rates and scales as powers of ten.
 
     Examples
     --------
-    >>> from batchnorm_lab.studies.hyperparameter_robustness import axis
-    >>> axis([{"setting": {"rate_exponent": 1.0}}, {"setting": {"rate_exponent": -1.0}}], "rate_exponent")
+    >>> from batchnorm_lab.studies.hyperparameter_robustness import steps_of
+    >>> steps_of([{"setting": {"rate_exponent": 1.0}}, {"setting": {"rate_exponent": -1.0}}], "rate_exponent")
     [-1.0, 1.0]
     """
     return sorted({record["setting"][name] for record in records})
 
 
-def working(records: Sequence[Record], seed: int) -> dict[tuple[str, bool], set[tuple[float, float]]]:
-    """Return, for each optimizer and arm, the (scale, rate) settings that work with one seed.
-
-    A setting works if its accuracy is within 2 points of the best that any setting of the same
-    optimizer reached with this seed, in either arm.
+def grid(records: Sequence[Record], kind: str, axis: str) -> list[Record]:
+    """Return the runs of a grid of learning rates and one other hyperparameter, of both arms.
 
     Parameters
     ----------
     records : sequence of dict
         Of this study.
+    kind : str
+        One of `KINDS`.
+    axis : str
+        "scale" or one of `AXES`.
+
+    Returns
+    -------
+    list of dict
+        In the order of their seeds.
+    """
+    return select(records, optimizer=kind, axis=axis)
+
+
+def working(runs: Sequence[Record], axis: str, seed: int) -> dict[bool, set[tuple[float, float]]]:
+    """Return, for each arm, the (value, rate) settings of a grid that work with one seed.
+
+    A setting works if its test accuracy is within 2 points of that of the setting which is the best of both arms
+    on validation images. So a search that knows validation images alone would be content with it.
+
+    Parameters
+    ----------
+    runs : sequence of dict
+        From `grid`.
+    axis : str
+        "scale" or one of `AXES`.
     seed : int
         Which runs.
 
     Returns
     -------
     dict
-        From (optimizer, normalized) to a set of (scale_exponent, rate_exponent).
+        From "normalized" to a set of (value, rate_exponent).
     """
-    found = {}
-    for kind in KINDS:
-        best = max(record["result"]["accuracy"] for record in select(records, optimizer=kind, seed=seed))
-        for normalized in ARMS:
-            found[kind, normalized] = {
-                (record["setting"]["scale_exponent"], record["setting"]["rate_exponent"])
-                for record in select(records, optimizer=kind, normalized=normalized, seed=seed)
-                if record["result"]["accuracy"] >= best - MARGIN
-            }
-    return found
+    of_seed = select(runs, seed=seed)
+    best = max(of_seed, key=lambda record: record["result"]["validation"])["result"]["accuracy"]
+    return {
+        arm: {
+            (record["setting"][axis], record["setting"]["rate_exponent"])
+            for record in select(of_seed, normalized=arm)
+            if record["result"]["accuracy"] >= best - MARGIN
+        }
+        for arm in ARMS
+    }
 
 
-def widest_range(works: set[tuple[float, float]], rates: Sequence[float], scales: Sequence[float]) -> float:
-    """Return how many decades of learning rate work without a gap, at the initial weight scale that is best for it.
+def widest_range(works: set[tuple[float, float]], rates: Sequence[float], value: float) -> float:
+    """Return how many decades of learning rate work without a gap, at one value of the other hyperparameter.
 
     Parameters
     ----------
     works : set of (float, float)
         From `working`.
-    rates, scales : sequence of float
-        The axes of the grid, in order.
+    rates : sequence of float
+        The powers of ten that were tried, in order.
+    value : float
+        Of the other hyperparameter.
 
     Returns
     -------
@@ -160,76 +211,122 @@ def widest_range(works: set[tuple[float, float]], rates: Sequence[float], scales
     Examples
     --------
     >>> from batchnorm_lab.studies.hyperparameter_robustness import widest_range
-    >>> widest_range({(0.0, -2.0), (0.0, -1.0), (0.0, 1.0)}, [-2.0, -1.0, 0.0, 1.0], [0.0])
+    >>> widest_range({(0.0, -2.0), (0.0, -1.0), (0.0, 1.0)}, [-2.0, -1.0, 0.0, 1.0], 0.0)
     1.0
     """
     widest = 0.0
-    for scale in scales:
-        start: float | None = None
-        for rate in rates:
-            if (scale, rate) not in works:
-                start = None
-                continue
-            start = rate if start is None else start
-            widest = max(widest, rate - start)
+    start: float | None = None
+    for rate in rates:
+        if (value, rate) not in works:
+            start = None
+            continue
+        start = rate if start is None else start
+        widest = max(widest, rate - start)
     return widest
 
 
 def answer(records: list[Record]) -> Answer:
-    """Return the share of settings that work, and the widest range of learning rates."""
-    rates, scales = axis(records, "rate_exponent"), axis(records, "scale_exponent")
-    seeds = sorted({record["setting"]["seed"] for record in records})
-    by_seed = [working(records, seed) for seed in seeds]
-    cells = len(rates) * len(scales)
-    findings = []
+    """Return the share of settings that work, at the usual initial scale, over all scales, and beside others."""
+    rates = steps_of(records, "rate_exponent")
+    seeds = steps_of(records, "seed")
+    step = min(b - a for a, b in pairwise(rates))
+    findings, highest = [], []
     for kind, name in KINDS.items():
-        share = {arm: [100 * len(works[kind, arm]) / cells for works in by_seed] for arm in ARMS}
-        span = {arm: [widest_range(works[kind, arm], rates, scales) for works in by_seed] for arm in ARMS}
-        more = paired_difference(share[True], share[False])
-        wider = paired_difference(span[True], span[False])
+        runs = grid(records, kind, "scale")
+        scales = steps_of(runs, "scale")
+        found = [working(runs, "scale", int(seed)) for seed in seeds]
+        usual = [
+            {arm: {cell for cell in each[arm] if cell[0] == USUAL["scale"]} for arm in ARMS} for each in found
+        ]
+        span = {arm: [widest_range(each[arm], rates, USUAL["scale"]) for each in usual] for arm in ARMS}
         findings += [
-            Finding(
-                "M13",
-                f"{name}: more combinations work with batch normalization",
-                more,
-                verdict(more, above=0.0),
-                f"{_each(share, ' % of the settings')}, {more.text(1, ' points', signed=True)}",
+            _share(f"{name}: more learning rates work, at the usual initial scale", usual, len(rates)),
+            _compared(
+                f"{name}: a wider range of learning rates works, at the usual initial scale",
+                span,
+                " decades",
+                step,
+                (0.0, rates[-1] - rates[0]),
             ),
-            Finding(
-                "M13",
-                f"{name}: a wider range of learning rates works",
-                wider,
-                verdict(wider, above=0.0),
-                f"{_each(span, ' decades')}, {wider.text(1, ' decades', signed=True)}",
+            _share(
+                f"{name}: more pairs of learning rate and initial scale work, from {10 ** scales[0]:g} to "
+                f"{10 ** scales[-1]:g} times the usual",
+                found,
+                len(rates) * len(scales),
             ),
         ]
-    return make_answer(findings, [f"A setting works if it is within 2 points of the best of {2 * cells}."])
+        if kind == "sgd":
+            highest.append(_highest(usual, rates, step))
+    for axis, name in AXES.items():
+        runs = grid(records, "momentum", axis)
+        tried = steps_of(runs, axis)
+        found = [working(runs, axis, int(seed)) for seed in seeds]
+        cells = len(rates) * len(tried)
+        shown = ", ".join(f"{value:g}" for value in tried)
+        findings.append(
+            _share(f"SGD with momentum: more pairs of learning rate and {name} work ({shown})", found, cells)
+        )
+    remarks = [
+        "A setting works if its test accuracy is within 2 points of that of the setting which is best on "
+        f"validation images, of both arms; {len(rates)} learning rates from {10 ** rates[0]:g} to "
+        f"{10 ** rates[-1]:g} were tried with each value of the other hyperparameter."
+    ]
+    return make_answer(findings + highest, remarks)
 
 
-def _each(measured: dict[bool, list[float]], unit: str) -> str:
-    intervals: dict[bool, Interval] = {arm: mean_interval(seeds) for arm, seeds in measured.items()}
-    return f"{intervals[True].text(1, unit)} against {intervals[False].text(1, unit)}"
+def _compared(
+    statement: str, measured: dict[bool, list[float]], unit: str, step: float, within: tuple[float, float]
+) -> Finding:
+    more = paired_difference(measured[True], measured[False], resolution=step)
+    each = {arm: mean_interval(runs, resolution=step, within=within) for arm, runs in measured.items()}
+    text = (
+        f"{each[True].text(1, unit)} with batch norm against {each[False].text(1, unit)}, "
+        f"{more.text(1, unit, signed=True)}"
+    )
+    return Finding("M13", statement, more, text, above=0.0)
+
+
+def _share(statement: str, found: Sequence[dict[bool, set[Any]]], cells: int) -> Finding:
+    share = {arm: [100 * len(works[arm]) / cells for works in found] for arm in ARMS}
+    return _compared(statement, share, " %", 100 / cells, (0.0, 100.0))
+
+
+def _highest(
+    usual: Sequence[dict[bool, set[tuple[float, float]]]], rates: Sequence[float], step: float
+) -> Finding:
+    """The largest learning rate that works: what Bjorck and others (2018) take for the reason of all else."""
+    highest = {
+        arm: [max((rate for _, rate in works[arm]), default=rates[0] - step) for works in usual]
+        for arm in ARMS
+    }
+    more = paired_difference(highest[True], highest[False], resolution=step)
+    plain, normed = (10 ** mean_interval(highest[arm]).estimate for arm in (False, True))
+    text = (
+        f"the largest is {normed:.2g} with batch norm and {plain:.2g} without (geometric means of the seeds), "
+        f"{more.text(1, ' decades', signed=True)} (Bjorck et al., 2018, see in this the reason of all else)"
+    )
+    return Finding(
+        "M13", "SGD: larger learning rates still work, at the usual initial scale", more, text, above=0.0
+    )
 
 
 def plot(records: list[Record]) -> Figure:
-    """Draw mean accuracy over the grid, optimizers by arms; settings that work are marked by a dot."""
-    rates, scales = axis(records, "rate_exponent"), axis(records, "scale_exponent")
+    """Draw mean accuracy over rates and scales, optimizers by arms; settings that work are marked by a dot."""
+    rates, scales = steps_of(records, "rate_exponent"), steps_of(grid(records, "sgd", "scale"), "scale")
     fig, axes = figure(len(ARMS), len(KINDS), width=10, height=5.4, sharex=True, sharey=True)
-    best = {
-        kind: max(
-            _mean(records, kind, arm, rate, scale) for arm in ARMS for rate in rates for scale in scales
-        )
-        for kind in KINDS
-    }
     image = None
     for column, (kind, name) in enumerate(KINDS.items()):
+        runs = grid(records, kind, "scale")
+        cells = [(scale, rate) for scale in scales for rate in rates]
+        best = max(
+            ((arm, *cell) for arm in ARMS for cell in cells), key=lambda c: _mean(runs, "validation", *c)
+        )
         for row, (arm, label) in enumerate(ARMS.items()):
             panel = axes[row][column]
-            grid = [[100 * _mean(records, kind, arm, rate, scale) for rate in rates] for scale in scales]
             image = panel.pcolormesh(
                 rates,
                 scales,
-                grid,
+                [[100 * _mean(runs, "accuracy", arm, scale, rate) for rate in rates] for scale in scales],
                 cmap="gray",
                 vmin=0,
                 vmax=100,
@@ -237,14 +334,12 @@ def plot(records: list[Record]) -> Figure:
                 edgecolors="face",
                 linewidth=0.3,
             )
+            least = _mean(runs, "accuracy", *best) - MARGIN
             dots = [
-                (rate, scale)
-                for scale in scales
-                for rate in rates
-                if _mean(records, kind, arm, rate, scale) >= best[kind] - MARGIN
+                (rate, scale) for scale, rate in cells if _mean(runs, "accuracy", arm, scale, rate) >= least
             ]
             panel.plot(*zip(*dots, strict=True) if dots else ([], []), "ko", markersize=3)
-            panel.set_title(f"{name}\n{label}: {len(dots)} of {len(rates) * len(scales)} work", fontsize=9)
+            panel.set_title(f"{name}\n{label}: {len(dots)} of {len(cells)} work", fontsize=9)
             panel.grid(False)
             panel.set_yticks(scales, [f"$10^{{{scale:g}}}$" for scale in scales])
             whole = [rate for rate in rates if rate == int(rate)]
@@ -258,26 +353,34 @@ def plot(records: list[Record]) -> Figure:
     return fig
 
 
-def _mean(records: Sequence[Record], kind: str, arm: bool, rate: float, scale: float) -> float:
-    chosen = select(records, optimizer=kind, normalized=arm, rate_exponent=rate, scale_exponent=scale)
-    return sum(record["result"]["accuracy"] for record in chosen) / len(chosen)
+def _mean(runs: Sequence[Record], part: str, arm: bool, scale: float, rate: float) -> float:
+    chosen = select(runs, normalized=arm, scale=scale, rate_exponent=rate)
+    return sum(record["result"][part] for record in chosen) / len(chosen)
 
 
 STUDY = Study(
     name="hyperparameter-robustness",
     title="More combinations of hyperparameters work",
-    question="What share of learning rates, initial weight scales and optimizers gives a good network?",
+    question="What share of learning rates works, beside initial scales, optimizers, mini-batches, weight decays, "
+    "widths and momenta?",
     claim="Many more combinations of hyperparameters work: the search gets easier.",
     formula=r"$\mathrm{BN}(c\,W a) = \mathrm{BN}(W a)$ for every scale $c > 0$ (with $\epsilon = 0$): "
     r"the initial scale of $W$ cancels",
     claims=("M13",),
     configs={
         "quick": Config(
-            seeds=2, steps=60, rate_exponents=(-4.0, -2.0, -1.0, 0.0, 2.0), scale_exponents=(-2.0, 0.0, 2.0)
+            seeds=2,
+            steps=40,
+            rate_exponents=(-4.0, -2.0, -1.0, 0.0, 2.0),
+            scale_exponents=(-2.0, 0.0, 2.0),
+            batch=(60, 120),
+            decay=(0.0, 1e-1),
+            width=(10, 50),
+            momentum=(0.5, 0.9),
         ),
         "default": Config(),
         "full": Config(
-            seeds=10,
+            seeds=12,
             steps=2000,
             rate_exponents=tuple(k / 4 for k in range(-16, 9)),
             scale_exponents=tuple(k / 2 for k in range(-4, 5)),
@@ -287,4 +390,5 @@ STUDY = Study(
     measure=measure,
     plot=plot,
     answer=answer,
+    revision=2,
 )

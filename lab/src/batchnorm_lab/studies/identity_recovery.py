@@ -23,7 +23,7 @@ from batchnorm_lab.studies.contract import (
 )
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import figure, line
-from batchnorm_lab.studies.intervals import mean_interval, verdict
+from batchnorm_lab.studies.intervals import mean_interval
 from batchnorm_lab.studies.records import values
 from batchnorm_lab.studies.training import EnsembleOptimizer, train
 
@@ -207,8 +207,8 @@ def answer(records: list[Record]) -> Answer:
                 "M5",
                 f"{dtype}: gamma = sqrt(var + eps), beta = mean gives z back to rounding",
                 errors,
-                verdict(errors, below=rounding),
                 f"largest relative error of any value {errors.estimate:.1e} [{errors.low:.1e}, {errors.high:.1e}]",
+                below=rounding,
             )
         )
     last = mean_interval(values(records, lambda r: r["descent"][-1]))
@@ -219,9 +219,9 @@ def answer(records: list[Record]) -> Answer:
             "M5",
             f"gradient descent on gamma and beta finds z to {FOUND:g} of its standard deviation",
             last,
-            verdict(last, below=FOUND),
             f"after {steps} steps the rms error is {last.estimate:.1e} [{last.low:.1e}, {last.high:.1e}] "
             f"(at the start: {start.text(2)})",
+            below=FOUND,
         )
     )
     sizes = sorted(int(m) for m in records[0]["result"]["mini_batch"])

@@ -22,7 +22,7 @@ from batchnorm_lab.studies.contract import (
 )
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import figure, legend_below, line
-from batchnorm_lab.studies.intervals import ratio_interval, verdict
+from batchnorm_lab.studies.intervals import ratio_interval
 from batchnorm_lab.studies.records import select, values
 from batchnorm_lab.studies.training import EnsembleOptimizer, batch_statistics, train
 
@@ -117,16 +117,16 @@ def answer(records: list[Record]) -> Answer:
                 "M3",
                 "The input of the last hidden sigmoids is steadier with batch normalization",
                 ratio,
-                verdict(ratio, above=1.0),
                 f"without it, the 15th, 50th and 85th percentile travel {ratio.text(2)} times as far over the "
                 "training (mean over 100 units)",
+                above=1.0,
             ),
             Finding(
                 "M3",
                 "The same, in units of the distribution's own width (15th to 85th percentile)",
                 shape,
-                verdict(shape, above=1.0),
                 f"without it, {shape.text(2)} times as far",
+                above=1.0,
             ),
         ]
     )

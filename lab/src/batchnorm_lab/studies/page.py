@@ -12,6 +12,7 @@ from typing import Any
 from batchnorm.cli.outputs import write_text
 from batchnorm_lab.mission import explain
 from batchnorm_lab.studies.contract import Answer, Outcome
+from batchnorm_lab.studies.intervals import VERDICTS
 
 __all__ = ["remarks", "write_html", "write_markdown"]
 
@@ -158,7 +159,7 @@ def _provenance(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "numbers": explain({claim for outcome in outcomes for claim in outcome.study.claims}),
         "verdicts": {
             verdict: sum(f.verdict == verdict for o in outcomes for f in o.answer.findings)
-            for verdict in ("borne out", "not borne out", "undecided")
+            for verdict in VERDICTS
         },
     }
 

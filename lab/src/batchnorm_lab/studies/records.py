@@ -10,7 +10,7 @@ from typing import Any
 
 from batchnorm.errors import DataError
 
-__all__ = ["RecordFile", "select", "values"]
+__all__ = ["RecordFile", "at_edges", "best", "select", "values"]
 
 
 class RecordFile:
@@ -161,6 +161,76 @@ def values(
     """
     chosen = [record["result"] for record in select(records, **setting)]
     return [result(r) if callable(result) else r[result] for r in chosen]
+
+
+def best(
+    records: Iterable[dict[str, Any]],
+    axis: str = "rate",
+    score: str | Callable[[dict[str, Any]], float] = "validation",
+    **setting: Any,
+) -> Any:
+    """Return the value of one axis of the settings whose runs score highest, averaged over their seeds.
+
+    Parameters
+    ----------
+    records : iterable of dict
+        Of one study.
+    axis : str, default "rate"
+        The name in the settings.
+    score : str or callable, default "validation"
+        The name of a result, or a function of the dict of results. Of validation images: what is chosen on the
+        images that are reported on is too good.
+    **setting
+        As for `select`.
+
+    Returns
+    -------
+    object
+        One of the values in the records, the first of equals.
+
+    Examples
+    --------
+    >>> from batchnorm_lab.studies.records import best
+    >>> run = lambda rate, found: {"setting": {"rate": rate, "seed": 0}, "result": {"validation": found}}
+    >>> best([run(0.1, 0.8), run(0.3, 0.9)])
+    0.3
+    """
+    chosen = select(records, **setting)
+    return max(
+        sorted({record["setting"][axis] for record in chosen}),
+        key=lambda value: math.fsum(values(chosen, score, **{axis: value})),
+    )
+
+
+def at_edges(records: Iterable[dict[str, Any]], chosen: Iterable[float], axis: str = "rate") -> str:
+    """Say how many of some choices lie at an edge of the grid, where a better one may lie beyond.
+
+    Parameters
+    ----------
+    records : iterable of dict
+        Of one study.
+    chosen : iterable of float
+        Values of the axis.
+    axis : str, default "rate"
+        The name in the settings.
+
+    Returns
+    -------
+    str
+        A sentence.
+
+    Examples
+    --------
+    >>> from batchnorm_lab.studies.records import at_edges
+    >>> records = [{"setting": {"rate": rate}} for rate in (0.1, 0.3, 1.0)]
+    >>> at_edges(records, [0.3, 1.0])
+    'Rates were chosen on validation images; 1 of 2 lie at an edge of the grid.'
+    """
+    grid = {record["setting"][axis] for record in records}
+    found = list(chosen)
+    edges = sum(value in (min(grid), max(grid)) for value in found)
+    where = f"{edges} of {len(found)} lie at an edge of the grid."
+    return f"{axis.capitalize()}s were chosen on validation images; {where}"
 
 
 def _finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ __all__ = ["STUDIES", "choose", "get_study"]
 STUDIES: tuple[str, ...] = (
     "faster-learning",
     "input-distribution",
+    "noisy-batch-norm",
     "hyperparameter-robustness",
     "deep-networks",
     "where-to-normalize",

@@ -25,7 +25,7 @@ from batchnorm_lab.studies.contract import (
 )
 from batchnorm_lab.studies.ensemble import ConvEnsemble
 from batchnorm_lab.studies.figures import LINE_STYLES, figure, legend_below, line
-from batchnorm_lab.studies.intervals import Interval, mean_interval, paired_difference, verdict
+from batchnorm_lab.studies.intervals import Interval, mean_interval, paired_difference
 from batchnorm_lab.studies.records import values
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, train
 
@@ -354,9 +354,9 @@ def answer(records: list[Record]) -> Answer:
                 "M11",
                 f"adapting to {size} test {samples} makes shifted inputs easier",
                 less,
-                verdict(less, above=0.0),
                 f"mean error {mean_interval(error).text(1, ' %')} with prior {prior:g}, against "
                 f"{mean_interval(plain).text(1, ' %')} without, {less.text(1, ' points')} less",
+                above=0.0,
             )
         )
     for shift in SHIFTS:
@@ -387,9 +387,9 @@ def _unshifted(records: list[Record], images: str, size: int) -> Finding:
     )
     if images == CLEAN:
         statement = f"adapting to {size} clean samples does no harm, within {MARGIN:g} points"
-        return Finding("M11", statement, more, verdict(more, below=MARGIN), text)
+        return Finding("M11", statement, more, text, below=MARGIN)
     statement = f"adapting to {size} samples of one class does harm"
-    return Finding("M11", statement, more, verdict(more, above=0.0), text)
+    return Finding("M11", statement, more, text, above=0.0)
 
 
 def _by_shift(records: list[Record], shift: str, size: int) -> Finding:
@@ -406,9 +406,9 @@ def _by_shift(records: list[Record], shift: str, size: int) -> Finding:
         "M11",
         f"it does so for {shift}",
         less,
-        verdict(less, above=0.0),
         f"{size} samples, prior {prior:g}: mean error {mean_interval(after).estimate:.1f} % against "
         f"{mean_interval(before).estimate:.1f} %, {less.text(1, ' points')} less",
+        above=0.0,
     )
 
 

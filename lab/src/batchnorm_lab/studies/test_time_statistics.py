@@ -22,7 +22,7 @@ from batchnorm_lab.studies.contract import (
 )
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import bars, figure, legend_below, line
-from batchnorm_lab.studies.intervals import mean_interval, paired_difference, verdict
+from batchnorm_lab.studies.intervals import mean_interval, paired_difference
 from batchnorm_lab.studies.records import select, values
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, batch_statistics, train
 
@@ -243,9 +243,9 @@ def answer(records: list[Record]) -> Answer:
                 claim,
                 statement,
                 gain,
-                verdict(gain, above=0.0),
                 f"{what}: {mean_interval(better).estimate:.1f} % against {mean_interval(other).estimate:.1f} %, "
                 f"{gain.text(2, ' points', signed=True)}",
+                above=0.0,
             )
         )
     means = {n: mean_interval(of(POOLED, "late", f"samples {n}")).estimate for n in _samples(records)}

@@ -35,16 +35,28 @@ class EnsembleOptimizer:
         Learning rate of each network.
     kind : {"sgd", "momentum", "adam"}, default "sgd"
         The rule.
+    momentum : float, default 0.9
+        Of "momentum".
+    decay : float, default 0.0
+        Weight decay: this many times the parameter is added to its gradient, gamma and beta included.
 
     References
     ----------
     D. Kingma and J. Ba, Adam: A Method for Stochastic Optimization, 2015, arXiv:1412.6980.
     """
 
-    def __init__(self, networks: Ensemble, rates: Sequence[float], kind: str = "sgd") -> None:
+    def __init__(
+        self,
+        networks: Ensemble,
+        rates: Sequence[float],
+        kind: str = "sgd",
+        *,
+        momentum: float = 0.9,
+        decay: float = 0.0,
+    ) -> None:
         if kind not in ("sgd", "momentum", "adam"):
             raise ValueError(f"kind={kind!r} is not sgd, momentum or adam")
-        self.kind = kind
+        self.kind, self.momentum, self.decay = kind, momentum, decay
         self.parameters = networks.by_run()
         self.rates = torch.tensor(list(rates), dtype=torch.float32)[:, None]
         self.first = [torch.zeros(shape) for _, shape in self.parameters] if kind != "sgd" else []
@@ -58,9 +70,12 @@ class EnsembleOptimizer:
         for index, (parameter, shape) in enumerate(self.parameters):
             if parameter.grad is None:
                 continue
-            update = gradient = parameter.grad.view(shape)
+            gradient = parameter.grad.view(shape)
+            if self.decay:
+                gradient = gradient.add(parameter.view(shape), alpha=self.decay)
+            update = gradient
             if self.kind == "momentum":
-                update = self.first[index].mul_(0.9).add_(gradient)
+                update = self.first[index].mul_(self.momentum).add_(gradient)
             elif self.kind == "adam":
                 first = self.first[index].mul_(0.9).add_(gradient, alpha=0.1)
                 second = self.second[index].mul_(0.999).addcmul_(gradient, gradient, value=0.001)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from scipy import stats
+from torch import Tensor
 
 from batchnorm_lab.data import ImageData
 from batchnorm_lab.studies.contract import (
@@ -17,15 +23,17 @@ from batchnorm_lab.studies.contract import (
     Unit,
     make_answer,
 )
+from batchnorm_lab.studies.curves import final, over_training
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import figure, legend_below, line
-from batchnorm_lab.studies.intervals import mean_interval, paired_difference, verdict
-from batchnorm_lab.studies.records import select, values
+from batchnorm_lab.studies.intervals import mean_interval, paired_difference, ratio_interval
+from batchnorm_lab.studies.records import at_edges, best, select
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Curve = Callable[..., float]
 ARMS: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "inputs only": ("inputs",),
@@ -34,32 +42,62 @@ ARMS: dict[str, tuple[str, ...]] = {
     "z and outputs": ("before", "outputs"),
 }
 ACTIVATIONS = ("sigmoid", "relu")
-# (claim, statement, the arm that should be better, the other)
+SMALL = 4
+MARGIN = 0.5  # points of accuracy that are as good as none
+# (claim, statement, the arm that should be better, the other, whether with mini-batches of `SMALL`)
 CLAIMS = (
     (
         "M1",
         "normalizing z in the middle is better than normalizing the inputs only",
         "z (before)",
         "inputs only",
+        False,
     ),
-    ("M2", "z (before the nonlinearity) is a better target than a (after it)", "z (before)", "a (after)"),
-    ("M6", "leaving the output layer alone is better than normalizing it too", "z (before)", "z and outputs"),
+    (
+        "M2",
+        "z (before the nonlinearity) is a better target than a (after it)",
+        "z (before)",
+        "a (after)",
+        False,
+    ),
+    (
+        "M6",
+        "leaving the output layer alone is better than normalizing it too",
+        "z (before)",
+        "z and outputs",
+        False,
+    ),
+    (
+        "M6",
+        f"leaving the output layer alone is better, with mini-batches of {SMALL}",
+        "z (before)",
+        "z and outputs",
+        True,
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the study; each arm is judged at the best of ``rates``."""
+    """Sizes of the study; each arm is judged at the best of ``rates``.
+
+    With mini-batches of 4 only the arms that differ in the outputs are trained, for ``small_steps`` steps.
+    """
 
     seeds: int = 8
     steps: int = 600
+    small_steps: int = 2400
     batch: int = 60
     every: int = 20
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 def units(config: Config) -> list[Unit]:
-    """Return one unit for each activation and arm; rates and seeds are trained together."""
+    """Return one unit for each activation, size of mini-batch and arm; rates and seeds are trained together."""
+    sizes = [(config.batch, config.steps, config.every, arm) for arm in ARMS]
+    looks = max(1, config.steps // config.every)
+    small = (SMALL, config.small_steps, max(1, config.small_steps // looks))
+    sizes += [(*small, arm) for arm in ("z (before)", "z and outputs")]
     return [
         Unit(
             [
@@ -68,22 +106,24 @@ def units(config: Config) -> list[Unit]:
                     "arm": arm,
                     "rate": rate,
                     "seed": seed,
-                    "steps": config.steps,
-                    "batch": config.batch,
-                    "every": config.every,
+                    "steps": steps,
+                    "batch": batch,
+                    "every": every,
                 }
                 for rate in config.rates
                 for seed in range(config.seeds)
-            ]
+            ],
+            cost=steps * (20 + batch),
         )
         for activation in ACTIVATIONS
-        for arm in ARMS
+        for batch, steps, every, arm in sizes
     ]
 
 
 def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Result]:
-    """Train, and return the test accuracy over the steps."""
+    """Train; return accuracies over the steps, and how far z and a are from a Gaussian at the end."""
     first = unit[0]
+    choose, report = data.with_validation()
     networks = MLPEnsemble(
         (data.train_images[0].numel(), 100, 100, 100, len(data.classes)),
         [setting["seed"] for setting in unit],
@@ -91,137 +131,202 @@ def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Resu
         gain=2**0.5 if first["activation"] == "relu" else 1.0,
         places=ARMS[first["arm"]],
     )
-    curve: list[list[float]] = []
+    validation: list[list[float]] = []
+    test: list[list[float]] = []
 
     def observe(step: int) -> None:
         networks.eval()
-        curve.append(accuracy(networks, data.test_images, data.test_labels).tolist())
+        validation.append(accuracy(networks, choose.test_images, choose.test_labels).tolist())
+        test.append(accuracy(networks, report.test_images, report.test_labels).tolist())
 
     train(
         networks,
         EnsembleOptimizer(networks, [setting["rate"] for setting in unit]),
-        data,
+        report,
         steps=first["steps"],
         batch=first["batch"],
         every=first["every"],
         observe=observe,
         advance=advance,
     )
-    return [{"accuracy": [round(a, 4) for a in one]} for one in zip(*curve, strict=True)]
+    networks.eval()
+    kept: list[Tensor] = []
+    with torch.no_grad():
+        networks(networks.images(choose.test_images), keep=kept)
+        far = {
+            "z": distance_to_gaussian(kept[-1]),
+            "a": distance_to_gaussian(networks.activation(kept[-1])),
+        }
+    return [
+        {
+            "validation": [round(a, 4) for a in one],
+            "accuracy": [round(a, 4) for a in other],
+            "from gaussian": {name: round(each[run], 4) for name, each in far.items()},
+        }
+        for run, (one, other) in enumerate(
+            zip(zip(*validation, strict=True), zip(*test, strict=True), strict=True)
+        )
+    ]
 
 
-def final(result: Result) -> float:
-    """Return the accuracy at the end, in %: the mean of the last five looks, which is steadier than one.
-
-    Parameters
-    ----------
-    result : dict
-        Of a run.
-
-    Returns
-    -------
-    float
-        0 to 100.
-
-    Examples
-    --------
-    >>> from batchnorm_lab.studies.where_to_normalize import final
-    >>> final({"accuracy": [0.1, 0.9, 0.9, 0.9, 0.9, 0.9]})
-    90.0
-    """
-    last = result["accuracy"][-5:]
-    return 100 * sum(last) / len(last)
-
-
-def over_training(result: Result) -> float:
-    """Return the mean accuracy over the whole training, in %: high for what learns fast and well.
+def distance_to_gaussian(units: Tensor) -> list[float]:
+    """Return how far the units of a layer are from a Gaussian of their own mean and variance.
 
     Parameters
     ----------
-    result : dict
-        Of a run.
+    units : Tensor, shape (R, N, C)
+        Values of C units of R networks for N images.
 
     Returns
     -------
-    float
-        0 to 100.
+    list of float
+        One a network: the mean over its units of the Wasserstein distance of order 1, in standard deviations.
+        0 is a Gaussian; an even two-valued unit has 0.54. Units that do not vary are left out; NaN if none does.
 
     Examples
     --------
-    >>> from batchnorm_lab.studies.where_to_normalize import over_training
-    >>> over_training({"accuracy": [0.1, 0.5, 0.7]})
-    60.0
+    >>> import torch
+    >>> from batchnorm_lab.studies.where_to_normalize import distance_to_gaussian
+    >>> coin = torch.tensor([-1.0, 1.0]).repeat(500)[None, :, None]
+    >>> [round(far, 2) for far in distance_to_gaussian(coin)]
+    [0.54]
     """
-    later = result["accuracy"][1:]
-    return 100 * sum(later) / len(later)
+    samples = units.shape[1]
+    levels = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
+    gaussian = torch.from_numpy(stats.norm.ppf(levels.numpy()))[:, None]
+    found = []
+    for one in units.double():
+        one = one[:, one.isfinite().all(0)]
+        one = one[:, one.std(0, correction=0) > 1e-6 * one.abs().amax(0)]
+        standard = (one - one.mean(0)) / one.std(0, correction=0)
+        found.append(float((standard.sort(0).values - gaussian).abs().mean()))
+    return found
 
 
-def best_rate(records: list[Record], activation: str, arm: str) -> float:
-    """Return the learning rate with the highest accuracy over training, averaged over seeds.
+def best_rate(records: list[Record], measured: Curve, **where: Any) -> float:
+    """Return the rate that is best for what is measured, on validation images, averaged over seeds.
 
     Parameters
     ----------
     records : list of dict
         Of this study.
-    activation, arm : str
-        Which networks.
+    measured : callable
+        `curves.final` or `curves.over_training`.
+    **where
+        Activation, arm and mini-batch.
 
     Returns
     -------
     float
         One of the rates tried.
     """
-    rates = sorted({record["setting"]["rate"] for record in select(records, activation=activation, arm=arm)})
-    return max(rates, key=lambda rate: sum(_of(records, over_training, activation, arm, rate)))
+    return float(best(records, "rate", lambda r: measured(r, "validation"), **where))
+
+
+def of_arm(records: list[Record], measured: Curve, **where: Any) -> list[Record]:
+    """Return an arm's runs at its best rate, one a seed.
+
+    Parameters
+    ----------
+    records : list of dict
+        Of this study.
+    measured : callable
+        For what the rate is the best.
+    **where
+        Activation, arm and mini-batch.
+
+    Returns
+    -------
+    list of dict
+        In the order of the seeds.
+    """
+    return select(records, **where, rate=best_rate(records, measured, **where))
+
+
+def large(records: list[Record]) -> int:
+    """Return the size of the mini-batches that all arms were trained with.
+
+    Parameters
+    ----------
+    records : list of dict
+        Of this study.
+
+    Returns
+    -------
+    int
+        Samples.
+    """
+    return max(record["setting"]["batch"] for record in records)
 
 
 def answer(records: list[Record]) -> Answer:
-    """Return the paired differences that the three claims are about."""
+    """Return the paired differences that the claims are about, and how Gaussian z and a are."""
     findings = []
-    for claim, statement, better, other in CLAIMS:
+    chosen = []
+    for claim, statement, better, other, small in CLAIMS:
         for activation in ACTIVATIONS:
+            where = {"activation": activation, "batch": SMALL if small else large(records)}
             for measured, name in ((over_training, "mean accuracy over training"), (final, "final accuracy")):
-                of = {
-                    arm: _of(records, measured, activation, arm, best_rate(records, activation, arm))
-                    for arm in (better, other)
-                }
-                gain = paired_difference(of[better], of[other])
+                runs = [of_arm(records, measured, arm=arm, **where) for arm in (better, other)]
+                first, second = ([measured(run["result"]) for run in arm] for arm in runs)
+                gain = paired_difference(first, second)
+                chosen += [arm[0]["setting"]["rate"] for arm in runs]
                 findings.append(
                     Finding(
                         claim,
                         f"{activation}: {statement}, {name}",
                         gain,
-                        verdict(gain, above=0.0),
-                        f"{mean_interval(of[better]).estimate:.1f} % against "
-                        f"{mean_interval(of[other]).estimate:.1f} %, {gain.text(2, ' points', signed=True)}",
+                        f"{mean_interval(first).estimate:.1f} % against "
+                        f"{mean_interval(second).estimate:.1f} %, {gain.text(2, ' points', signed=True)}",
+                        above=0.0,
+                        margin=MARGIN,
                     )
                 )
-    return make_answer(findings, ["Every arm at the best of its learning rates."])
+    findings += [_gaussian(records, activation) for activation in ACTIVATIONS]
+    return make_answer(findings, [at_edges(records, chosen)])
+
+
+def _gaussian(records: list[Record], activation: str) -> Finding:
+    """The reason that is given for M2: z is nearer to a Gaussian than a, in a network that is not normalized."""
+    runs = of_arm(records, final, activation=activation, arm="nothing", batch=large(records))
+    z, a = ([run["result"]["from gaussian"][name] for run in runs] for name in ("z", "a"))
+    ratio = ratio_interval(a, z)
+    return Finding(
+        "M2",
+        f"{activation}: the reason, z is nearer to a Gaussian than a, in the last hidden layer of a plain network",
+        ratio,
+        f"a unit is {mean_interval(z).estimate:.2f} standard deviations from a Gaussian before the nonlinearity and "
+        f"{mean_interval(a).estimate:.2f} after it (Wasserstein distance), {ratio.text(2)} times as far",
+        above=1.0,
+    )
 
 
 def plot(records: list[Record]) -> Figure:
     """Draw the test error over steps for every arm at its best rate, and the final errors."""
     fig, axes = figure(1, 3, width=11, height=4.3)
+    batch = large(records)
     for panel, activation in zip(axes[0], ACTIVATIONS, strict=False):
         for style, arm in enumerate(ARMS):
-            rate = best_rate(records, activation, arm)
-            curves = _of(records, lambda r: r["accuracy"][1:], activation, arm, rate)
-            every = select(records, activation=activation, arm=arm)[0]["setting"]["every"]
+            runs = of_arm(records, over_training, activation=activation, arm=arm, batch=batch)
+            curves = [run["result"]["accuracy"][1:] for run in runs]
+            every = runs[0]["setting"]["every"]
             steps = [every * (index + 1) for index in range(len(curves[0]))]
             line(panel, steps, [[100 * (1 - a) for a in curve] for curve in curves], style, arm)
         panel.set(title=f"3 x 100 {activation}", xlabel="training steps")
     panel = axes[0][2]
+    arms = [(arm, batch) for arm in ARMS] + [(arm, SMALL) for arm in ("z (before)", "z and outputs")]
     for style, activation in enumerate(ACTIVATIONS):
         errors = [
             mean_interval(
-                100 - a for a in _of(records, final, activation, arm, best_rate(records, activation, arm))
+                100 - final(run["result"])
+                for run in of_arm(records, final, activation=activation, arm=arm, batch=size)
             )
-            for arm in ARMS
+            for arm, size in arms
         ]
         panel.errorbar(
-            [position + 0.16 * (2 * style - 1) for position in range(len(ARMS))],
+            [position + 0.16 * (2 * style - 1) for position in range(len(arms))],
             [error.estimate for error in errors],
-            yerr=[error.high - error.estimate if error.seeds > 1 else 0.0 for error in errors],
+            yerr=[error.high - error.estimate if math.isfinite(error.high) else 0.0 for error in errors],
             color=("#000000", "#0072B2")[style],
             marker=("o", "s")[style],
             markerfacecolor=("#000000", "white")[style],
@@ -229,8 +334,9 @@ def plot(records: list[Record]) -> Figure:
             capsize=3,
             label=activation,
         )
-    panel.set_xticks(range(len(ARMS)), [arm.replace(" ", "\n") for arm in ARMS])
-    panel.set_title("at the end (mean of the last 5 looks)")
+    names = [f"{arm}, {size}" if size != batch else arm for arm, size in arms]
+    panel.set_xticks(range(len(arms)), [name.replace(" ", "\n") for name in names], fontsize=7)
+    panel.set_title(f"at the end (mini-batches of {batch}, two of {SMALL})")
     panel.legend(loc="upper right")
     ticks = [1, 2, 5, 10, 20, 50, 100]
     for each in axes[0]:
@@ -241,10 +347,6 @@ def plot(records: list[Record]) -> Figure:
     return fig
 
 
-def _of(records: list[Record], measured: object, activation: str, arm: str, rate: float) -> list:
-    return values(records, measured, activation=activation, arm=arm, rate=rate)  # type: ignore[arg-type]
-
-
 STUDY = Study(
     name="where-to-normalize",
     title="Where to normalize",
@@ -253,12 +355,13 @@ STUDY = Study(
     formula=r"$z = W a,\qquad a' = g(\mathrm{BN}(z))$",
     claims=("M1", "M2", "M6"),
     configs={
-        "quick": Config(seeds=2, steps=60, every=10, rates=(0.3, 1.0)),
+        "quick": Config(seeds=2, steps=60, small_steps=60, every=10, rates=(0.3, 1.0)),
         "default": Config(),
-        "full": Config(seeds=20, steps=5000, every=50, rates=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
+        "full": Config(seeds=20, steps=5000, small_steps=20000, every=50),
     },
     units=units,
     measure=measure,
     plot=plot,
     answer=answer,
+    revision=2,
 )
