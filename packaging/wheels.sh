@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 glibc=${GLIBC:-2.28}
 architectures=${ARCHITECTURES:-x86_64 aarch64}
-pythons=${PYTHONS:-$(for v in 3.10 3.11 3.12 3.13; do command -v "python$v" || true; done)}
+# what is on the PATH may be a name without a Python behind it
+pythons=${PYTHONS:-$(for v in 3.10 3.11 3.12 3.13; do "python$v" -c "import sys; print(sys.executable)" 2>/dev/null || true; done)}
 sdist=$(ls -t dist/batchnorm-*.tar.gz | head -1)
 work=build/wheels
 rm -rf "$work" && mkdir -p "$work/source" dist

@@ -112,15 +112,23 @@ def test_a_report_is_made_again_from_a_folder_without_running(tmp_path, monkeypa
         module = importlib.import_module(f"batchnorm_lab.studies.{name.replace('-', '_')}")
         monkeypatch.setattr(module, "STUDY", replace(module.STUDY, measure=None))
     assert main([str(tmp_path / "out"), str(tmp_path / "second.md")]) == 0
-    assert (tmp_path / "second.md").read_text() == (tmp_path / "first.md").read_text()
+    first, second = ((tmp_path / name).read_text() for name in ("first.md", "second.md"))
+    before, others, after = re.split(r"(Not on this page.*?\n\n)", second, maxsplit=1, flags=re.DOTALL)
+    assert before + after == first
+    assert all((name in others) == (name not in NAMES) for name in registry.STUDIES)
 
 
-def test_a_folder_whose_runs_are_incomplete_gives_no_report(tmp_path):
-    outcomes, _ = run(NAMES[0], out=tmp_path)
+def test_a_study_whose_runs_are_incomplete_is_not_in_the_report_and_is_named(tmp_path, capsys):
+    outcomes, _ = run(out=tmp_path)
     path = outcomes[0].records_path
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(DataError, match="no complete set"):
-        main([str(tmp_path), str(tmp_path / "report.md")])
+    assert main([str(tmp_path), str(tmp_path / "report.md")]) == 0
+    assert "holds no complete set of records" in capsys.readouterr().err
+    assert f"## {NAMES[0]}" not in (tmp_path / "report.md").read_text()
+    assert f"## {NAMES[1]}" in (tmp_path / "report.md").read_text()
+    (tmp_path / f"{NAMES[1]}.jsonl").unlink()
+    assert main([str(tmp_path), str(tmp_path / "none.md")]) == 1
+    assert not (tmp_path / "none.md").exists()
 
 
 def test_the_report_command_says_how_it_is_used(capsys):

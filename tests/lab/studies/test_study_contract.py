@@ -136,8 +136,8 @@ def test_all_stands_for_every_study_once():
 
 
 def test_an_answer_says_its_verdicts_and_how_many_seeds_it_is_over():
-    five = Finding("M12", "A", mean_interval([1.0] * 5), "borne out", "one")
-    two = Finding("M12", "B", mean_interval([1.0, 2.0]), "undecided", "two")
+    five = Finding("M12", "A", mean_interval([1.0, 1.1, 1.0, 0.9, 1.0]), "one", above=0.0)
+    two = Finding("M12", "B", mean_interval([1.0, 1.1]), "two", above=0.0)
     assert (
         str(make_answer([five]))
         == "M12: borne out in 1 of 1. A: borne out, one. (95 % intervals over 5 seeds.)"
@@ -146,6 +146,18 @@ def test_an_answer_says_its_verdicts_and_how_many_seeds_it_is_over():
     assert quick.seeds == 2
     assert "M12: borne out in 1, undecided in 1 of 2." in quick.sentence
     assert "Remark. (Only 2 seeds: a first look, not an answer" in quick.sentence
+
+
+def test_the_more_is_asked_the_more_an_answer_needs():
+    clear = mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    claimed = Finding("M12", "A", clear, "three", above=0.0)
+    informs = Finding("", "B", clear, "three")
+    assert clear.low > 0
+    assert {f.verdict for f in make_answer([claimed]).findings} == {"borne out"}
+    many = make_answer([claimed] * 20 + [informs])
+    assert {f.verdict for f in many.findings} == {"undecided", ""}
+    assert many.findings[0].interval == clear, "what is shown is the interval of the finding alone"
+    assert "The 20 verdicts hold together with 95 % (Bonferroni)." in many.sentence
 
 
 @pytest.mark.parametrize("name", STUDIES)

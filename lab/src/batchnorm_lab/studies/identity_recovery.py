@@ -232,7 +232,6 @@ def answer(records: list[Record]) -> Answer:
             "",
             f"with statistics of mini-batches of {size} the identity is only approximate",
             noise,
-            "",
             f"rms error {noise.text(1, ' %')} of the standard deviation, since each mini-batch has its own mean "
             "and variance",
         )

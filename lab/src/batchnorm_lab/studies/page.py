@@ -19,7 +19,7 @@ __all__ = ["remarks", "write_html", "write_markdown"]
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_html(outcomes: Sequence[Outcome], path: Path) -> Path:
+def write_html(outcomes: Sequence[Outcome], path: Path, missing: Sequence[str] = ()) -> Path:
     """Write one file that holds everything: claims, formulas, figures, answers, how to run them again.
 
     Parameters
@@ -28,6 +28,8 @@ def write_html(outcomes: Sequence[Outcome], path: Path) -> Path:
         From `batchnorm_lab.studies.run_studies`.
     path : path
         Where to write; its folder is made.
+    missing : sequence of str, default ()
+        Studies that have no complete records; the report names them.
 
     Returns
     -------
@@ -37,10 +39,10 @@ def write_html(outcomes: Sequence[Outcome], path: Path) -> Path:
     Raises
     ------
     """
-    return _render("report.html.j2", outcomes, path)
+    return _render("report.html.j2", outcomes, path, missing)
 
 
-def write_markdown(outcomes: Sequence[Outcome], path: Path) -> Path:
+def write_markdown(outcomes: Sequence[Outcome], path: Path, missing: Sequence[str] = ()) -> Path:
     """Write the report as Markdown; figures and records are linked where they are.
 
     Parameters
@@ -49,6 +51,8 @@ def write_markdown(outcomes: Sequence[Outcome], path: Path) -> Path:
         From `batchnorm_lab.studies.run_studies`.
     path : path
         Where to write; its folder is made.
+    missing : sequence of str, default ()
+        Studies that have no complete records; the report names them.
 
     Returns
     -------
@@ -56,7 +60,7 @@ def write_markdown(outcomes: Sequence[Outcome], path: Path) -> Path:
         The same.
 
     """
-    return _render("report.md.j2", outcomes, path)
+    return _render("report.md.j2", outcomes, path, missing)
 
 
 def remarks(answer: Answer) -> str:
@@ -86,7 +90,7 @@ def remarks(answer: Answer) -> str:
     return text.strip()
 
 
-def _render(template: str, outcomes: Sequence[Outcome], path: Path) -> Path:
+def _render(template: str, outcomes: Sequence[Outcome], path: Path, missing: Sequence[str]) -> Path:
     import jinja2
 
     environment = jinja2.Environment(
@@ -100,7 +104,9 @@ def _render(template: str, outcomes: Sequence[Outcome], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     html = template.endswith(".html.j2")
     parts = [_part(outcome, path.parent, html) for outcome in outcomes]
-    text = environment.get_template(template).render(studies=parts, run=_provenance(outcomes))
+    text = environment.get_template(template).render(
+        studies=parts, run=_provenance(outcomes), missing=list(missing)
+    )
     write_text(path, text)
     return path
 
