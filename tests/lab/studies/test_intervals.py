@@ -73,14 +73,14 @@ def test_an_interval_goes_no_further_than_the_values_can():
     assert found.together(20).high == 100
 
 
-@pytest.mark.parametrize("count", [1, 4, 20])
+@pytest.mark.parametrize("count", [2, 6])
 def test_intervals_hold_together_as_often_as_they_say(count):
-    draws = torch.randn(3000, count, 5, generator=torch.Generator().manual_seed(1)).tolist()
+    draws = torch.randn(500, count, 5, generator=torch.Generator().manual_seed(1)).tolist()
     together = ([mean_interval(one).together(count) for one in study] for study in draws)
-    held = sum(all(one.low <= 0 <= one.high for one in study) for study in together) / 3000
+    held = sum(all(one.low <= 0 <= one.high for one in study) for study in together) / 500
     # independent findings: (1 - 0.05 / count) ** count, which Bonferroni bounds from below by 0.95
     expected = (1 - 0.05 / count) ** count
-    assert held == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 3000) ** 0.5)
+    assert held == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 500) ** 0.5)
 
 
 def test_ratios_and_ranks_widen_as_well():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -174,7 +174,12 @@ def accuracies(
     list of float
         Between 0 and 100.
     """
-    where = {"activation": activation, "normalized": normalized, "depth": depth, "shortcut": shortcut}
+    where: dict[str, Any] = {
+        "activation": activation,
+        "normalized": normalized,
+        "depth": depth,
+        "shortcut": shortcut,
+    }
     return [100 * a for a in values(records, "accuracy", **where, rate=best(records, **where))]
 
 
