@@ -26,6 +26,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from batchnorm import operators, steps, visible
+from batchnorm.compiling import compiling
 from batchnorm.kernels import aten, cpu
 from batchnorm.kernels import torch as own
 from batchnorm.kernels.activations import CODES, activate
@@ -61,7 +62,7 @@ def _negative(norm: Norm, statistics: Any) -> bool:
 
 def _seen_by_torch(z: Tensor, norm: Norm) -> bool:
     """Whether torch's own batch norm serves, and no transform is at work that knows no statistics written inside."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return by_torch(z, norm)
     return by_torch(z, norm) and not (_transforming() or forward_ad._current_level >= 0)
 
@@ -72,7 +73,7 @@ def _train_by_torch(z: Tensor, norm: Norm, tracking: Tracking | Sink | None) -> 
     if tracking is None:
         return y
     m = values_per_channel(z.shape, norm.axis)
-    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    compiled = compiling() and not torch.compiler.is_exporting()
     count = operators.first_time(z.device) * m if compiled else m
     if isinstance(tracking, Tracking):
         tell(tracking, [(count, mean, unbiased)], unbiased=True)
@@ -335,7 +336,7 @@ def normalize_batch(
         return _composite(z, norm, None, mask, tracking, fallback)
     if mask is None and between is None and _seen_by_torch(z, norm):
         return _train_by_torch(z, norm, tracking)
-    if torch.compiler.is_compiling():
+    if compiling():
         operator = operators.training if between is None else between.operator
         y, count, mean, var = operator(z, norm, mask, fallback)
         _record(tracking, count, mean, var)
@@ -377,7 +378,7 @@ def normalize_population(
     Tensor
         Of the shape, dtype and memory format of ``z``.
     """
-    if torch.compiler.is_compiling() or written_down():
+    if compiling() or written_down():
         # compilers fuse torch's own operator, and exporters know its name
         return visible.infer(z, norm, mean, var, mask, momentum)
     if mask is None and _seen_by_torch(z, norm):

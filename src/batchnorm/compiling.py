@@ -1,4 +1,4 @@
-"""What our own TorchDynamo backend is shown of our operator: one step, which it can join with what follows.
+"""Whether Python is being followed by a compiler, and what our own is shown of our operator: one step to join.
 
 Every other compiler, exporter and tracer is shown torch operations. Dynamo keeps what it makes for one backend apart
 from what it makes for another, so the answer given while it follows the Python holds for all that comes of it.
@@ -14,6 +14,17 @@ from torch import Tensor
 
 MARK = "_batchnorm_backend"
 """Attribute of a backend that wants to be shown one step."""
+
+
+def compiling() -> bool:
+    """Whether what runs here is being followed by ``torch.compile`` or ``torch.export``.
+
+    ``torch.compiler.is_compiling`` says yes in every thread while any of them compiles (torch 2.13). Whoever
+    compiles without following Python itself runs it under dispatch modes, and these belong to a thread.
+    """
+    return torch.compiler.is_compiling() and (
+        torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def by_our_backend() -> bool:

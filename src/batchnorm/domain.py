@@ -8,9 +8,9 @@ from types import MethodType
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import nn
 
+from batchnorm.compiling import compiling
 from batchnorm.errors import ArgumentError
 
 # one for the process, not one a thread: a checkpoint on an accelerator runs forwards again in torch's
@@ -60,7 +60,7 @@ def domain(name: str) -> Any:
     (tensor([0., 0.]), tensor([2., 6.]))
     """
     check_name(name)
-    return _Traced(name) if torch.compiler.is_compiling() else _Block(name)
+    return _Traced(name) if compiling() else _Block(name)
 
 
 class _Leaving:

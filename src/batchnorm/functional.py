@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from batchnorm import validation, visible
 from batchnorm.autograd import normalize_batch, normalize_population
-from batchnorm.compiling import by_our_backend, one_step
+from batchnorm.compiling import by_our_backend, compiling, one_step
 from batchnorm.kernels import cpu, select
 from batchnorm.kernels.contract import Norm
 from batchnorm.layout import channel_axis, values_per_channel
@@ -151,7 +150,7 @@ def batch_norm(
     """
     if training and momentum is None:
         raise validation.no_momentum()
-    compiling = is_compiling()
+    followed = compiling()
     if (
         on_nonfinite == "skip"
         and on_single_value == "error"
@@ -160,7 +159,7 @@ def batch_norm(
         and virtual_batch_size is None
         and mask is None
         and not inplace
-        and not compiling
+        and not followed
         and running_mean is not None
         and running_var is not None
         and select.forced is None
@@ -182,7 +181,7 @@ def batch_norm(
     given = (*switches, eps, activation, channel_dim, *policies)
     try:
         # remembered, for the same few settings come at every call, and to check them costs what a small batch does
-        options = _checked(*given) if compiling else _remembered(*given)
+        options = _checked(*given) if followed else _remembered(*given)
     except TypeError:  # a value that cannot be hashed is a wrong one, and the check says why
         options = _checked(*given)
     if isinstance(input, torch.fx.Proxy):
@@ -259,7 +258,7 @@ def infer(
             )
         statistics, vectors = (running_mean, running_var), (gamma, beta)
         return infer_shards(infer, z, statistics, vectors, residual, mask, masked_output, options)
-    if is_compiling() and not inplace and by_our_backend():
+    if compiling() and not inplace and by_our_backend():
         rest = (running_mean, running_var, mask, masked_output, options)
         return infer_step(z, gamma, beta, residual, *rest)
     if z.layout is not torch.strided:
@@ -269,7 +268,7 @@ def infer(
     if z.is_nested:
         raise validation.no_dense_layout(z)
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
-    if mask is None and not inplace and select.forced is None and not is_compiling():
+    if mask is None and not inplace and select.forced is None and not compiling():
         with_norm = gamma, beta, residual, axis, options.eps, options.activation
         done = cpu.infer_at_once(z, running_mean, running_var, *with_norm)
         if done is not None:
@@ -331,7 +330,7 @@ def train(
         raise validation.no_dense_layout(z)
     axis = 1 if options.channel_dim == 1 and z.dim() > 1 else channel_axis(z.dim(), options.channel_dim)
     plain = tracking is None or type(tracking) is Tracking
-    if plain and between is None and is_compiling() and by_our_backend():
+    if plain and between is None and compiling() and by_our_backend():
         return train_step(z, gamma, beta, residual, mask, masked_output, tracking, population, options)
     if (
         mask is None
@@ -341,7 +340,7 @@ def train(
         and options.on_nonfinite != "raise"
         and (population is None or population is tracking)
         and select.forced is None
-        and not is_compiling()
+        and not compiling()
     ):
         y = cpu.train_at_once(z, gamma, beta, residual, axis, options.eps, options.activation, tracking)
         if y is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm import validation
 from batchnorm.accumulator import Accumulator
+from batchnorm.compiling import compiling
 from batchnorm.distributed.groups import names_of
 from batchnorm.domain import active_domain
 from batchnorm.ecosystem.plain import torch_layer
@@ -159,7 +160,7 @@ class Layer(Populations):
         try:
             return self._forward(input, residual, mask, masked_output)
         except BatchNormError as error:
-            if not error.at and not torch.compiler.is_compiling():
+            if not error.at and not compiling():
                 error.at = _path_from_stack(self)
             raise
 
@@ -215,7 +216,7 @@ class Layer(Populations):
         if self.virtual_batch_size is not None:
             raise validation.parts_and_pooling(self.virtual_batch_size)
         # a graph asks when it runs, for it may outlive the process group that it was compiled beside
-        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if not compiling() or torch.compiler.is_exporting():
             if not pools(self.process_group):
                 return None
             if not self.pooled_as:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import steps
+from batchnorm.compiling import compiling
 from batchnorm.errors import NonFiniteError
 from batchnorm.kernels.activations import find
 from batchnorm.kernels.aten import exact_dtype, vector_dtype
@@ -274,7 +275,7 @@ def check_finite(
     """
     if not told:
         return told
-    if not torch.compiler.is_compiling():
+    if not compiling():
         for _, mean, var in told:
             _raise_unless_finite(mean, var)
         return told

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import skips
+from batchnorm.compiling import compiling
 
 WIDE = frozenset({torch.float32, torch.float64})
 """Dtypes in which running statistics are kept."""
@@ -52,7 +53,7 @@ class Tracking(NamedTuple):
 def _no_grad() -> AbstractContextManager:
     # in a graph nothing here has a derivative anyway, and an exported program with a change of mode in it
     # can be saved but not loaded
-    return nullcontext() if torch.compiler.is_compiling() else torch.no_grad()
+    return nullcontext() if compiling() else torch.no_grad()
 
 
 def commit(
@@ -77,7 +78,7 @@ def commit(
     running_mean, running_var = tracking.running_mean, tracking.running_var
     known = not isinstance(count, Tensor)
     amount: Any = count
-    if known and not torch.compiler.is_compiling() and count < 2:
+    if known and not compiling() and count < 2:
         return
     with _no_grad():
         mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
@@ -108,7 +109,7 @@ def commit(
         batch = [mean, var]
         if still is not None:
             batch = [torch.where(still, old, new) for old, new in zip(moved, batch, strict=True)]
-        if torch.compiler.is_compiling() or isinstance(weight, Tensor):
+        if compiling() or isinstance(weight, Tensor):
             for old, new in zip(moved, batch, strict=True):
                 old.lerp_(new, weight)
         else:

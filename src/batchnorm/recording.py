@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
+from batchnorm.compiling import compiling
 from batchnorm.operators import check_finite, recomputing
 from batchnorm.population import Tracking, commit, count_empty
 from batchnorm.transforms import examples, outside, transforming
@@ -41,7 +42,7 @@ def tell(
     unbiased : bool, default False
         Whether the variances have divisor m - 1; only for a Tracking.
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         _hand_over(tracking, check_finite(told) if refuse else told, pooled, unbiased)
         return
     mode = _get_current_dispatch_mode()
@@ -86,4 +87,4 @@ def counting(tracking: Tracking | Sink | None) -> Tracking | Sink | None:
         The same, or None. In a compiled graph always the same: there `batchnorm.operators` asks the
         question when the graph runs.
     """
-    return None if tracking is not None and not torch.compiler.is_compiling() and recomputing() else tracking
+    return None if tracking is not None and not compiling() and recomputing() else tracking

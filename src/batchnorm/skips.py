@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from batchnorm.compiling import compiling
 from batchnorm.written import written_down
 
 # by the address of the storage's header, which is not given out again while the weak reference holds it
@@ -28,7 +29,7 @@ def count(running_mean: Tensor, skipped: Tensor) -> Tensor:
     """
     if written_down():
         return skipped
-    if torch.compiler.is_compiling():
+    if compiling():
         # a captured graph of an accelerator may not touch memory that it does not know
         return torch.ops.batchnorm.count_skips(running_mean, skipped) if running_mean.is_cpu else skipped
     if type(running_mean) is Tensor and not running_mean.is_meta:
@@ -73,7 +74,9 @@ def counter(running_mean: Tensor) -> Tensor:
 
 
 def _count_skips(running_mean: Tensor, skipped: Tensor) -> Tensor:
-    return count(running_mean, skipped).clone()
+    # it does not ask whether something is compiled: another thread's compilation says yes here too
+    counter(running_mean).add_(skipped.any())
+    return skipped.clone()
 
 
 _library.impl("count_skips", _count_skips, "CompositeExplicitAutograd")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.compiling import compiling
 from batchnorm.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -158,7 +159,7 @@ def check_tensors(z: Tensor, axis: int, vectors: tuple[Tensor | None, ...], resi
             if z.is_quantized
             else "input.float().",
         )
-    if torch._C._get_tracing_state() is not None and not torch.compiler.is_compiling():
+    if torch._C._get_tracing_state() is not None and not compiling():
         with unwritten():
             return check_tensors(z, axis, vectors, residual)
     shape, device = z.shape[axis : axis + 1], z.device

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from batchnorm.compiling import compiling
+
 
 def written_down() -> bool:
     """Whether what runs now is recorded for use elsewhere, so that it must be torch's own operations.
@@ -18,7 +20,7 @@ def written_down() -> bool:
     ``torch.compile``, whose graph runs where it was made, and where ``make_fx`` records a derivative or ``vmap``,
     which torch's operator does not go through.
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         return torch.compiler.is_exporting()
     if torch._C._get_tracing_state() is not None:
         return True

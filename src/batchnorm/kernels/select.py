@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from batchnorm.compiling import compiling
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import aten, cpu, table, triton
 from batchnorm.kernels import torch as own
@@ -107,7 +108,7 @@ def by_torch(z: Tensor, norm: Norm | None = None) -> bool:
         ``select(z, norm)`` is the engine `torch`. In a compiled graph the answer is the device's, or that of who
         forced `torch`: there the operations must be seen, and the compiler fuses them.
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         return forced is own.engine or not (z.is_cpu or z.is_meta)
     return select(z, norm) is own.engine
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchnorm.compiling import compiling
 from batchnorm.kernels import aten
 from batchnorm.kernels.activations import LEAKY_SLOPE, activate
 from batchnorm.kernels.contract import Backward, Forward, Moments, Norm
@@ -105,7 +106,7 @@ def train(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     # momentum 1 into zeros is the batch's statistics; into whatever memory held, a NaN would stay a NaN
     c = z.shape[norm.axis]
     how: dict[str, Any] = {"dtype": aten.vector_dtype(z), "device": z.device}
-    in_place = not torch.compiler.is_compiling()
+    in_place = not compiling()
     # one launch for both; in a graph they cost none, and views that are written to are in a compiler's way
     mean, var = (
         torch.zeros((2, c), **how).unbind() if in_place else (torch.zeros(c, **how), torch.zeros(c, **how))
@@ -129,7 +130,7 @@ def infer(z: Tensor, norm: Norm, mean: Tensor, var: Tensor) -> Tensor:
         Of the shape and dtype of ``z``.
     """
     dtype = aten.vector_dtype(z)
-    in_place = not torch.compiler.is_compiling()
+    in_place = not compiling()
     return _normalized(z, norm, mean.to(dtype), var.to(dtype), False, 0.0, in_place)
 
 

@@ -218,7 +218,9 @@ def test_python_that_depends_on_data_breaks_the_graph_and_parts_are_called_toget
 
 
 def test_a_plain_average_breaks_the_graph_of_torchs_layer_and_is_named():
-    model, plain = twins(lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=None), nn.ReLU()))
+    model, plain = twins(
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=None), nn.ReLU())
+    )
     assert_same(model, plain)
     (row,) = [row for row in record(model).of("broke the graph") if row.path]
     assert row.path == "1"

@@ -16,10 +16,9 @@ from torch import nn
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as torch_module
 
-from batchnorm.compiling import MARK
+from batchnorm.compiling import MARK, compiling
 from batchnorm.network.accelerate.told import TOOL, Graph, first_line, rows
 from batchnorm.network.record import LEFT_ALONE, Row
-
 
 _COUNTS_IN_PYTHON = (
     "momentum=None: torch's forward reads the count of batches as a number of Python; "
@@ -97,7 +96,7 @@ def _plain() -> None:
 def stands_aside() -> bool:
     """Whether a call is followed or transformed by somebody, who is to see the plain model."""
     return (
-        torch.compiler.is_compiling()
+        compiling()
         or torch._C._get_tracing_state() is not None
         or _symbolic_trace._is_fx_tracing_flag
         or torch._C._are_functorch_transforms_active()
