@@ -60,7 +60,7 @@ class CopyLayer(nn.Module):
     """In place of a norm."""
 
     def forward(self, z: Tensor) -> Tensor:
-        return CopyBothWays.apply(z)  # type: ignore[no-any-return,no-untyped-call]
+        return CopyBothWays.apply(z)
 
 
 def floor(model: nn.Module) -> nn.Module:
@@ -122,7 +122,7 @@ def time_share(
     network = NETWORKS[name]
     given = timm.create_model(network.timm, pretrained=False).train()
     if layout == "channels_last":
-        given = given.to(memory_format=torch.channels_last)
+        given = given.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = batch_of(network.batch, size, layout)
     models = {"eager": given, "ours": batchnorm.accelerate(copy.deepcopy(given)), "floor": floor(given)}
     steps = {contender: make_step(model, images, labels) for contender, model in models.items()}
