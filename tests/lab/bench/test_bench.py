@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from batchnorm_lab.bench.operands import make_operands
 from batchnorm_lab.bench.shapes import Case
 from batchnorm_lab.bench.worker import Order, serve
 
+RESULTS = Path(__file__).parents[3] / "lab" / "results"
 SMALL_CASES = [
     Case("awkward", (2, 3, 5, 7), layout, dtype, form, mode)
     for layout in ("nchw", "channels_last")
@@ -106,6 +109,11 @@ def outcome_of(case: Case, **milliseconds: float) -> Outcome:
     return Outcome(case, samples, {"jax": "not installed"})
 
 
+def joined(*measured) -> pd.DataFrame:
+    parts = [results.rows(outcome_of(case, **times), source) for case, source, times in measured]
+    return pd.concat(parts, ignore_index=True)
+
+
 @pytest.fixture
 def source():
     return dataclasses.replace(results.provenance(2), timestamp="2026-01-01T00:00:00+00:00")
@@ -117,12 +125,23 @@ def test_rows_come_back_from_the_csv_as_they_went(tmp_path, source):
     results.append(path, written[:2])
     results.append(path, written[2:])
     found = results.read(path)
-    assert [dataclasses.astuple(row)[:8] for row in found] == [dataclasses.astuple(r)[:8] for r in written]
-    eager = next(row for row in found if row.contender == "eager")
-    assert (eager.p50_ms, eager.ratio_p50, eager.rounds, eager.torch) == (2.5, 2.5, 5, torch.__version__)
-    left_out = next(row for row in found if row.contender == "jax")
-    assert left_out.left_out == "not installed"
-    assert math.isnan(left_out.p50_ms)
+    pd.testing.assert_frame_equal(found, written, check_dtype=False)
+    eager = found[found["contender"] == "eager"].iloc[0]
+    figures = (eager["p50_ms"], eager["ratio_p50"], eager["rounds"], eager["torch"])
+    assert figures == (2.5, 2.5, 5, torch.__version__)
+    left_out = found[found["contender"] == "jax"].iloc[0]
+    assert left_out["left_out"] == "not installed"
+    assert math.isnan(left_out["p50_ms"])
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.stem)
+def test_what_was_measured_before_is_read_still(path):
+    found = results.read(path)
+    assert len(found) > 10
+    assert found["p50_ms"].dtype == float
+    timed = found[found["left_out"] == ""]
+    assert (timed["p50_ms"] > 0).all()
+    assert markdown.document(found).count("\n### ") >= 4
 
 
 def test_a_file_with_other_columns_is_refused(tmp_path):
@@ -134,9 +153,9 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
 
 def test_a_case_measured_again_replaces_the_first(source):
     again = dataclasses.replace(source, timestamp="2026-01-02T00:00:00+00:00")
-    rows = results.rows(outcome_of(SMALL_CASES[0], ours=1.0), source)
-    rows += results.rows(outcome_of(SMALL_CASES[0], ours=3.0), again)
-    assert {row.p50_ms for row in results.latest(rows) if row.contender == "ours"} == {3.0}
+    rows = joined((SMALL_CASES[0], source, {"ours": 1.0}), (SMALL_CASES[0], again, {"ours": 3.0}))
+    last = results.latest(rows)
+    assert set(last[last["contender"] == "ours"]["p50_ms"]) == {3.0}
 
 
 def test_the_bar_takes_geometric_means_and_the_best_peer_of_each_case(source):
@@ -144,8 +163,10 @@ def test_the_bar_takes_geometric_means_and_the_best_peer_of_each_case(source):
         Case("resnet", (32, channels, 56, 56), "nchw", "float32", "relu", "training")
         for channels in (64, 256)
     )
-    rows = results.rows(outcome_of(one, ours=1.0, eager=8.0, compile=4.0, floor=1.0), source)
-    rows += results.rows(outcome_of(two, ours=1.0, eager=2.0, compile=9.0, floor=0.5), source)
+    rows = joined(
+        (one, source, {"ours": 1.0, "eager": 8.0, "compile": 4.0, "floor": 1.0}),
+        (two, source, {"ours": 1.0, "eager": 2.0, "compile": 9.0, "floor": 0.5}),
+    )
     met = {m.demand.title: m for m in bar.held_against(rows, 2)}
     forward = met["training forward BN+ReLU, f32 NCHW"]
     assert forward.shapes == 2

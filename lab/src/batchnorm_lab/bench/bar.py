@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import nan
 from typing import NamedTuple
 
+import pandas as pd
 from rich.table import Table
 from scipy.stats import gmean
 
 from batchnorm_lab.bench.contenders import PEERS
-from batchnorm_lab.bench.results import Row, latest
+from batchnorm_lab.bench.results import CASE, latest
 
 
 class Demand(NamedTuple):
@@ -58,32 +59,33 @@ class Slower(NamedTuple):
     ratio: float
 
 
-def by_case(found: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
-    """Gather medians by case and direction, then by contender.
+def by_case(found: pd.DataFrame) -> pd.DataFrame:
+    """Gather medians by case and direction.
 
     Parameters
     ----------
-    found : iterable of Row
+    found : DataFrame
         Rows of a benchmark.
 
     Returns
     -------
-    dict
-        Milliseconds; only cases in which ours was timed.
+    DataFrame
+        A row a case, direction and set in which ours was timed, and a column a contender: milliseconds.
     """
-    table: dict[tuple[str, ...], dict[str, float]] = {}
-    for row in latest(found):
-        if not row.left_out and row.direction:
-            table.setdefault((*row.case_key, row.direction, row.set), {})[row.contender] = row.p50_ms
-    return {key: medians for key, medians in table.items() if "ours" in medians}
+    timed = latest(found)
+    timed = timed[(timed["left_out"] == "") & (timed["direction"] != "")]
+    keys = [*CASE, "direction", "set"]
+    table = timed.pivot_table("p50_ms", keys, "contender", aggfunc="last", sort=False)
+    everyone = dict.fromkeys([*table.columns, *PEERS, "ours", "eager", "accelerated", "floor"])
+    return table.reindex(columns=list(everyone)).dropna(subset="ours").reset_index()
 
 
-def held_against(found: Iterable[Row], threads: int) -> list[Met]:
+def held_against(found: pd.DataFrame, threads: int) -> list[Met]:
     """Hold rows against the bar.
 
     Parameters
     ----------
-    found : iterable of Row
+    found : DataFrame
         Rows of a benchmark.
     threads : int
         The thread budget looked at.
@@ -94,37 +96,27 @@ def held_against(found: Iterable[Row], threads: int) -> list[Met]:
         One a demand that some case speaks to. A peer is the best by case, not over all cases.
     """
     table = by_case(found)
+    networks = table["set"].isin(["resnet", "mobilenet"])
+    table = table[networks & (table["mode"] == "training") & (table["threads"] == threads)]
     met: list[Met] = []
     for demand in BAR:
-        eager, best, floor = [], [], []
-        for (_, layout, dtype, form, mode, budget, direction, name), medians in table.items():
-            if (
-                (dtype, form, mode, direction) != (demand.dtype, demand.form, "training", demand.direction)
-                or layout not in demand.layouts
-                or budget != str(threads)
-                or name not in ("resnet", "mobilenet")
-            ):
-                continue
-            own = medians["ours"]
-            if "eager" in medians:
-                eager.append(medians["eager"] / own)
-            peers = [medians[peer] for peer in PEERS if peer in medians]
-            if peers:
-                best.append(min(peers) / own)
-            if "floor" in medians:
-                floor.append(own / medians["floor"])
-        if eager or best or floor:
-            means = (float(gmean(ratios)) if ratios else nan for ratios in (eager, best, floor))
-            met.append(Met(demand, threads, max(map(len, (eager, best, floor))), *means))
+        asked = table[["dtype", "direction", "form"]] == [demand.dtype, demand.direction, demand.form]
+        part = table[asked.all(axis=1) & table["layout"].isin(demand.layouts)]
+        own = part["ours"]
+        ratios = (part["eager"] / own, part[list(PEERS)].min(axis=1) / own, own / part["floor"])
+        shapes = max(int(ratio.count()) for ratio in ratios)
+        if shapes:
+            means = (float(gmean(ratio.dropna())) if ratio.count() else nan for ratio in ratios)
+            met.append(Met(demand, threads, shapes, *means))
     return met
 
 
-def slower_than_eager(found: Iterable[Row], tolerance: float = 1.0) -> list[Slower]:
+def slower_than_eager(found: pd.DataFrame, tolerance: float = 1.0) -> list[Slower]:
     """List the cases in which torch eager was quicker.
 
     Parameters
     ----------
-    found : iterable of Row
+    found : DataFrame
         Rows of a benchmark.
     tolerance : float, optional
         Cases with eager over ours below this are listed.
@@ -134,12 +126,14 @@ def slower_than_eager(found: Iterable[Row], tolerance: float = 1.0) -> list[Slow
     list of Slower
         The worst first.
     """
-    slow = []
-    for (shape, layout, dtype, form, mode, budget, direction, _), medians in by_case(found).items():
-        if "eager" in medians and medians["eager"] / medians["ours"] < tolerance:
-            label = f"{shape} {layout} {dtype} {form} {mode} {direction}"
-            slow.append(Slower(label, int(budget), medians["eager"] / medians["ours"]))
-    return sorted(slow, key=lambda one: one.ratio)
+    table = by_case(found)
+    table["ratio"] = table["eager"] / table["ours"]
+    slow = table[table["ratio"] < tolerance].sort_values("ratio", kind="stable")
+    words = ["shape", "layout", "dtype", "form", "mode", "direction"]
+    return [
+        Slower(" ".join(row[word] for word in words), row["threads"], row["ratio"])
+        for row in slow.to_dict("records")
+    ]
 
 
 def verdict(value: float, asked: float | None, *, at_most: bool = False) -> str:
@@ -193,12 +187,12 @@ def cells(met: Met) -> tuple[str, ...]:
 HEADINGS = ("", "threads", "cases", "over torch eager", "over the best peer", "of the copy floor")
 
 
-def table(found: Iterable[Row], threads: Sequence[int]) -> Table:
+def table(found: pd.DataFrame, threads: Sequence[int]) -> Table:
     """Draw the bar as a table for the terminal.
 
     Parameters
     ----------
-    found : iterable of Row
+    found : DataFrame
         Rows of a benchmark.
     threads : sequence of int
         Thread budgets, each with lines of its own.
@@ -208,9 +202,8 @@ def table(found: Iterable[Row], threads: Sequence[int]) -> Table:
     rich.table.Table
         To be printed.
     """
-    listed = list(found)
     drawn = Table(*HEADINGS, title="geometric means of ratios of medians")
     for budget in threads:
-        for met in held_against(listed, budget):
+        for met in held_against(found, budget):
             drawn.add_row(*cells(met))
     return drawn

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isnan
+
+import pandas as pd
 
 from batchnorm_lab.bench.bar import HEADINGS, by_case, cells, held_against, slower_than_eager, verdict
 from batchnorm_lab.bench.contenders import PEERS
-from batchnorm_lab.bench.results import Row, latest
+from batchnorm_lab.bench.results import CASE, latest
 
 STEP_BAR = {"resnet50": 1.2, "mobilenet_v2": 1.6}
 SHARE_BAR = 0.85
@@ -39,12 +42,12 @@ def lines_of(headings: Sequence[str], body: Iterable[Sequence[str]]) -> list[str
     return [*written, ""]
 
 
-def where(found: Sequence[Row]) -> list[str]:
+def where(found: pd.DataFrame) -> list[str]:
     """Say where and with what rows were measured.
 
     Parameters
     ----------
-    found : sequence of Row
+    found : DataFrame
         Rows of a benchmark.
 
     Returns
@@ -52,23 +55,24 @@ def where(found: Sequence[Row]) -> list[str]:
     list of str
         One line a machine and set of versions.
     """
-    told: dict[str, tuple[str, str]] = {}
-    for row in found:
-        versions = f"batchnorm {row.batchnorm or 'from source'} at {row.commit}, torch {row.torch}"
-        versions += f", JAX {row.jax}" if row.jax else ""
-        text = f"- {row.cpu}, {row.isa or 'no'} instruction set, engine {row.engine}; {versions}, "
-        text += f"Python {row.python}"
-        first, last = told.get(text, (row.timestamp, row.timestamp))
-        told[text] = (min(first, row.timestamp), max(last, row.timestamp))
-    return [f"{text}; {first} to {last}." for text, (first, last) in told.items()] + [""]
+    written = []
+    about = ["cpu", "isa", "engine", "batchnorm", "commit", "torch", "jax", "python"]
+    for key, times in found.groupby(about, sort=False)["timestamp"]:
+        cpu, isa, engine, own, commit, torch, jax, python = key
+        versions = (
+            f"batchnorm {own or 'from source'} at {commit}, torch {torch}{f', JAX {jax}' if jax else ''}"
+        )
+        text = f"- {cpu}, {isa or 'no'} instruction set, engine {engine}; {versions}, Python {python}"
+        written.append(f"{text}; {times.min()} to {times.max()}.")
+    return [*written, ""]
 
 
-def the_bar(found: Sequence[Row], threads: Sequence[int]) -> list[str]:
+def the_bar(found: pd.DataFrame, threads: Sequence[int]) -> list[str]:
     """Write the table of the bar.
 
     Parameters
     ----------
-    found : sequence of Row
+    found : DataFrame
         Rows of a benchmark.
     threads : sequence of int
         Thread budgets.
@@ -82,12 +86,12 @@ def the_bar(found: Sequence[Row], threads: Sequence[int]) -> list[str]:
     return lines_of(HEADINGS, body) if body else []
 
 
-def steps(found: Sequence[Row]) -> list[str]:
+def steps(found: pd.DataFrame) -> list[str]:
     """Write the table of whole training steps.
 
     Parameters
     ----------
-    found : sequence of Row
+    found : DataFrame
         Rows of a benchmark.
 
     Returns
@@ -96,25 +100,24 @@ def steps(found: Sequence[Row]) -> list[str]:
         Lines of Markdown.
     """
     body = []
-    for (shape, layout, _, name, _, budget, _, kind), medians in by_case(found).items():
-        if kind != "step" or "eager" not in medians:
-            continue
-        cell = [name, shape, layout, budget, f"{medians['eager']:.0f} ms", f"{medians['ours']:.0f} ms"]
-        asked = STEP_BAR.get(name) if layout == "nchw" else None
-        cell.append(verdict(medians["eager"] / medians["ours"], asked))
-        other = medians.get("accelerated")
-        cell.append("-" if other is None else f"{other:.0f} ms, {medians['eager'] / other:.2f}")
+    table = by_case(found)
+    for row in table[(table["set"] == "step") & table["eager"].notna()].to_dict("records"):
+        name, eager, own, other = (row[key] for key in ("form", "eager", "ours", "accelerated"))
+        cell = [name, row["shape"], row["layout"], str(row["threads"]), f"{eager:.0f} ms", f"{own:.0f} ms"]
+        asked = STEP_BAR.get(name) if row["layout"] == "nchw" else None
+        cell.append(verdict(eager / own, asked))
+        cell.append("-" if isnan(other) else f"{other:.0f} ms, {eager / other:.2f}")
         body.append(cell)
     headings = ("model", "input", "layout", "threads", "torch.nn", "ours", "torch.nn over ours")
     return lines_of((*headings, "`accelerate(model)`, and torch.nn over it"), body) if body else []
 
 
-def shares(found: Sequence[Row]) -> list[str]:
+def shares(found: pd.DataFrame) -> list[str]:
     """Write the table of what of the possible gain ``accelerate`` gains in whole training steps.
 
     Parameters
     ----------
-    found : sequence of Row
+    found : DataFrame
         Rows of a benchmark.
 
     Returns
@@ -122,25 +125,29 @@ def shares(found: Sequence[Row]) -> list[str]:
     list of str
         Lines of Markdown.
     """
-    rounds = {row.case_key: row.rounds for row in found}
-    body = []
-    for (shape, layout, dtype, name, mode, budget, _, kind), medians in by_case(found).items():
-        if kind != "share":
-            continue
-        before, after, floor = (medians[contender] for contender in ("eager", "ours", "floor"))
-        cell = [name, shape, layout, budget, str(rounds[shape, layout, dtype, name, mode, budget])]
-        cell += [f"{before:.0f}", f"{after:.0f}", f"{floor:.0f}", f"{before / after:.2f}"]
-        body.append([*cell, verdict((before - after) / (before - floor), SHARE_BAR)])
+    rounds = {tuple(row[key] for key in CASE): row["rounds"] for row in found.to_dict("records")}
+    table, body = by_case(found), []
+    for row in table[table["set"] == "share"].to_dict("records"):
+        before, after, floor = (row[contender] for contender in ("eager", "ours", "floor"))
+        cell = [row["form"], row["shape"], row["layout"], str(row["threads"])]
+        cell += [
+            str(rounds[tuple(row[key] for key in CASE)]),
+            f"{before:.0f}",
+            f"{after:.0f}",
+            f"{floor:.0f}",
+        ]
+        cell += [f"{before / after:.2f}", verdict((before - after) / (before - floor), SHARE_BAR)]
+        body.append(cell)
     headings = ("network", "input", "layout", "threads", "rounds", "before, ms", "after, ms", "floor, ms")
     return lines_of((*headings, "faster", "share"), body) if body else []
 
 
-def by_shape(found: Sequence[Row], threads: int) -> list[str]:
+def by_shape(found: pd.DataFrame, threads: int) -> list[str]:
     """Write one table for each form, dtype, layout and direction: ours in milliseconds, peers over ours.
 
     Parameters
     ----------
-    found : sequence of Row
+    found : DataFrame
         Rows of a benchmark.
     threads : int
         Thread budget.
@@ -150,30 +157,29 @@ def by_shape(found: Sequence[Row], threads: int) -> list[str]:
     list of str
         Lines of Markdown.
     """
-    groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for (shape, layout, dtype, form, mode, budget, direction, name), medians in by_case(found).items():
-        if budget != str(threads) or name in ("step", "share"):
-            continue
-        own = medians["ours"]
-        cell = [name, shape, f"{own:.3g}"]
-        cell += [f"{medians[peer] / own:.2f}" if peer in medians else "-" for peer in PEERS]
-        cell.append(f"{own / medians['floor']:.2f}" if "floor" in medians else "-")
-        groups.setdefault((mode, direction, form, dtype, layout), []).append(cell)
     written: list[str] = []
-    for (mode, direction, form, dtype, layout), body in groups.items():
+    table = by_case(found)
+    table = table[(table["threads"] == threads) & ~table["set"].isin(["step", "share"])]
+    for key, group in table.groupby(["mode", "direction", "form", "dtype", "layout"], sort=False):
+        mode, direction, form, dtype, layout = key
         what = "inference" if mode == "inference" else f"training, {direction}"
         written += [f"### {what}, {form}, {dtype}, {layout}, {threads} threads", ""]
         headings = ["set", "shape", "ours, ms", *(f"{peer} / ours" for peer in PEERS), "ours / floor"]
+        body = []
+        for row in group.to_dict("records"):
+            ratios = [*(row[peer] / row["ours"] for peer in PEERS), row["ours"] / row["floor"]]
+            shown = ["-" if isnan(ratio) else f"{ratio:.2f}" for ratio in ratios]
+            body.append([row["set"], row["shape"], f"{row['ours']:.3g}", *shown])
         written += lines_of(headings, body)
     return written
 
 
-def document(found: Iterable[Row]) -> str:
+def document(found: pd.DataFrame) -> str:
     """Write everything that a CSV says.
 
     Parameters
     ----------
-    found : iterable of Row
+    found : DataFrame
         Rows of a benchmark.
 
     Returns
@@ -182,7 +188,7 @@ def document(found: Iterable[Row]) -> str:
         Markdown.
     """
     rows = latest(found)
-    threads = sorted({row.threads for row in rows}, reverse=True)
+    threads = sorted(rows["threads"].unique(), reverse=True)
     slow = slower_than_eager(rows)
     written = ["## Where it was measured", "", *where(rows)]
     bar = the_bar(rows, threads)

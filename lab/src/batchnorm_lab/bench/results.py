@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import platform
 import subprocess
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from batchnorm.errors import DataError
 from batchnorm_lab.bench.measure import Outcome
@@ -34,45 +34,21 @@ class Provenance:
     timestamp: str
 
 
-@dataclass(frozen=True)
-class Row:
-    """Times of one contender in one direction of one case.
+_FIGURES = ("p20_ms", "p50_ms", "p80_ms", "ratio_p20", "ratio_p50", "ratio_p80")
+COLUMNS = (
+    *("set", "shape", "layout", "dtype", "form", "mode", "direction", "contender", "rounds"),
+    *_FIGURES,
+    "left_out",
+    *(field.name for field in fields(Provenance)),
+)
+"""Of a table of results, a row for each contender in each direction of each case.
 
-    Times are milliseconds a call; ``ratio_*`` are quantiles of the contender's time over ours, round by
-    round. ``left_out`` says why there is no time.
-    """
+Times are milliseconds a call; ``ratio_*`` are quantiles of the contender's time over ours, round by round.
+``left_out`` says why there is no time.
+"""
 
-    set: str
-    shape: str
-    layout: str
-    dtype: str
-    form: str
-    mode: str
-    direction: str
-    contender: str
-    rounds: int
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    ratio_p20: float
-    ratio_p50: float
-    ratio_p80: float
-    left_out: str
-    cpu: str
-    isa: str
-    engine: str
-    threads: int
-    batchnorm: str
-    torch: str
-    jax: str
-    python: str
-    commit: str
-    timestamp: str
-
-    @property
-    def case_key(self) -> tuple[str, ...]:
-        """What was timed, without who."""
-        return (self.shape, self.layout, self.dtype, self.form, self.mode, str(self.threads))
+CASE = ["shape", "layout", "dtype", "form", "mode", "threads"]
+"""What was timed, without who."""
 
 
 def installed(package: str) -> str:
@@ -169,7 +145,7 @@ def provenance(threads: int) -> Provenance:
     )
 
 
-def rows(outcome: Outcome, source: Provenance) -> list[Row]:
+def rows(outcome: Outcome, source: Provenance) -> pd.DataFrame:
     """Turn the samples of one case into rows.
 
     Parameters
@@ -181,86 +157,42 @@ def rows(outcome: Outcome, source: Provenance) -> list[Row]:
 
     Returns
     -------
-    list of Row
-        One a contender and direction, and one for each contender left out.
+    DataFrame
+        `COLUMNS`; a row a contender and direction, and one for each contender left out.
     """
     case = outcome.case
-    common = {
-        "set": case.set,
-        "shape": "x".join(map(str, case.shape)),
-        "layout": case.layout,
-        "dtype": case.dtype,
-        "form": case.form,
-        "mode": case.mode,
-        **asdict(source),
-    }
     ours = {s.direction: s.times for s in outcome.samples if s.contender == "ours"}
-    found: list[Row] = []
+    found: list[dict[str, Any]] = []
     for sample in outcome.samples:
-        low, middle, high = np.percentile(sample.times, (20, 50, 80))
-        ratio = [float("nan")] * 3
-        if sample.direction in ours:
-            ratio = list(np.percentile(sample.times / ours[sample.direction], (20, 50, 80)))
-        found.append(
-            Row(
-                **common,
-                direction=sample.direction,
-                contender=sample.contender,
-                rounds=len(sample.times),
-                p20_ms=rounded(low),
-                p50_ms=rounded(middle),
-                p80_ms=rounded(high),
-                ratio_p20=rounded(ratio[0]),
-                ratio_p50=rounded(ratio[1]),
-                ratio_p80=rounded(ratio[2]),
-                left_out="",
-            )
-        )
-    nothing = float("nan")
+        ratios = sample.times / ours[sample.direction] if sample.direction in ours else [nan]
+        quantiles = [*np.percentile(sample.times, (20, 50, 80)), *np.percentile(ratios, (20, 50, 80))]
+        # four digits: more is noise
+        figures = {name: float(f"{value:.4g}") for name, value in zip(_FIGURES, quantiles, strict=True)}
+        who = {"direction": sample.direction, "contender": sample.contender, "rounds": len(sample.times)}
+        found.append({**who, **figures, "left_out": ""})
     for name, reason in outcome.left_out.items():
-        found.append(
-            Row(
-                **common,
-                direction="",
-                contender=name,
-                rounds=0,
-                p20_ms=nothing,
-                p50_ms=nothing,
-                p80_ms=nothing,
-                ratio_p20=nothing,
-                ratio_p50=nothing,
-                ratio_p80=nothing,
-                left_out=reason,
-            )
-        )
-    return found
+        found.append({"direction": "", "contender": name, "rounds": 0, "left_out": reason})
+    about = {name: getattr(case, name) for name in ("set", "layout", "dtype", "form", "mode")}
+    shape = "x".join(map(str, case.shape))
+    return pd.DataFrame(found, columns=list(COLUMNS)).assign(**about, shape=shape, **asdict(source))
 
 
-def rounded(value: float) -> float:
-    """Four digits: more is noise."""
-    return float(f"{value:.4g}")
-
-
-def append(path: Path, new: Iterable[Row]) -> None:
+def append(path: Path, new: pd.DataFrame) -> None:
     """Add rows to a CSV, which is made if it is missing.
 
     Parameters
     ----------
     path : Path
         The file.
-    new : iterable of Row
+    new : DataFrame
         To be added.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        if fresh:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in new)
+    new.to_csv(path, mode="a", header=fresh, index=False)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> pd.DataFrame:
     """Read rows back.
 
     Parameters
@@ -270,7 +202,7 @@ def read(path: Path) -> list[Row]:
 
     Returns
     -------
-    list of Row
+    DataFrame
         Every row, in order; a case measured twice is there twice.
 
     Raises
@@ -280,31 +212,30 @@ def read(path: Path) -> list[Row]:
     """
     if not path.exists():
         raise DataError(f"bench: there are no rows: no file {path}.", mend="time something into it first.")
-    numbers: dict[str, Any] = {"rounds": int, "threads": int}
-    numbers |= {f.name: float for f in fields(Row) if f.type == "float"}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if set(reader.fieldnames or ()) != {f.name for f in fields(Row)}:
-            raise DataError(
-                f"bench: {path} is not a file of benchmark rows, or one of another version.",
-                mend="measure into a new file.",
-            )
-        return [Row(**{k: numbers.get(k, str)(v) for k, v in line.items()}) for line in reader]
+    kinds = {
+        name: float if name in _FIGURES else int if name in ("rounds", "threads") else str for name in COLUMNS
+    }
+    missing = {name: ["", "nan"] for name in _FIGURES}
+    found = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=missing)
+    if set(found.columns) != set(COLUMNS):
+        raise DataError(
+            f"bench: {path} is not a file of benchmark rows, or one of another version.",
+            mend="measure into a new file.",
+        )
+    return found
 
 
-def latest(found: Iterable[Row]) -> list[Row]:
+def latest(found: pd.DataFrame) -> pd.DataFrame:
     """Keep the last measurement of every case.
 
     Parameters
     ----------
-    found : iterable of Row
+    found : DataFrame
         In the order they were measured.
 
     Returns
     -------
-    list of Row
+    DataFrame
         Rows of one run a case.
     """
-    listed = list(found)
-    last = {row.case_key: row.timestamp for row in listed}
-    return [row for row in listed if last[row.case_key] == row.timestamp]
+    return found[found["timestamp"] == found.groupby(CASE)["timestamp"].transform("last")]

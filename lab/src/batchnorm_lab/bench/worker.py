@@ -12,7 +12,7 @@ import torch
 
 from batchnorm_lab.bench.latency import SMALL, small_cases, time_small
 from batchnorm_lab.bench.measure import Outcome, time_case
-from batchnorm_lab.bench.results import Row, append, latest, provenance, read, rows
+from batchnorm_lab.bench.results import CASE, append, provenance, read, rows
 from batchnorm_lab.bench.shapes import Case, Shape
 
 
@@ -103,18 +103,17 @@ def serve(order: Order) -> None:
     torch.set_num_threads(order.threads)
     path = Path(order.path)
     source = provenance(order.threads)
-    finished: set[tuple[str, ...]] = set()
+    finished: set[tuple[str | int, ...]] = set()
     if order.resume and path.exists():
-        finished = {row.case_key for row in latest(read(path))}
+        finished = set(read(path)[CASE].itertuples(index=False, name=None))
 
     def known(case: Case) -> bool:
         shape = "x".join(map(str, case.shape))
-        key = (shape, case.layout, case.dtype, case.form, case.mode, str(order.threads))
+        key = (shape, case.layout, case.dtype, case.form, case.mode, order.threads)
         return key in finished
 
     def keep(outcome: Outcome) -> None:
-        found: list[Row] = rows(outcome, source)
-        append(path, found)
+        append(path, rows(outcome, source))
         print(summary(outcome), flush=True)
 
     todo = [case for case in order.cases if not known(case)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import pandas as pd
+
 from batchnorm_lab.bench.markdown import document
 from batchnorm_lab.bench.results import read
 
@@ -18,7 +20,7 @@ def main() -> None:
     parser.add_argument("csv", type=Path, nargs="+", help="a later file replaces cases of an earlier one")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
-    found = [row for path in options.csv for row in read(path)]
+    found = pd.concat([read(path) for path in options.csv], ignore_index=True)
     kept = options.page.read_text(encoding="utf-8").split(MARK)[0] if options.page.exists() else ""
     options.page.write_text(f"{kept.rstrip()}\n\n{MARK}\n\n{document(found)}", encoding="utf-8")
     print(f"{len(found)} rows to {options.page}")
