@@ -33,7 +33,15 @@ print(*set(sys.modules) - before)
     brought = [name for name in run(script).split() if name.partition(".")[0] not in sys.stdlib_module_names]
     assert "batchnorm.modules" in brought
     assert not [name for name in brought if not name.startswith("batchnorm")]
-    assert not [name for name in brought if name.startswith(("batchnorm.network", "batchnorm.reference"))]
+    late = (
+        "batchnorm.network",
+        "batchnorm.reference",
+        "batchnorm.pooling.",
+        "batchnorm.distributed.conversation",
+    )
+    assert not [name for name in brought if name.startswith(late)]
+    # what an import costs is the modules that it runs: 30 ms over torch were measured with 41
+    assert len(brought) <= 41, sorted(brought)
 
 
 def test_layers_and_tools_work_with_torch_and_numpy_alone():

@@ -41,29 +41,19 @@ if TYPE_CHECKING:  # as below, for those who read types
 __version__ = "0.1.0"
 
 # a layer needs none of them: each is imported when it is first asked for
-_TOOLS = {
-    "FrozenBatchNorm": "batchnorm.network.layers.frozen",
-    "Joining": "batchnorm.network.ranks.together",
-    "Normalized": "batchnorm.network.normalized",
-    "Record": "batchnorm.network.record",
-    "accelerate": "batchnorm.network.accelerate",
-    "accumulate": "batchnorm.network.statistics.accumulate",
-    "adapt": "batchnorm.network.statistics.adapt",
-    "calibrate": "batchnorm.network.statistics.calibrate",
-    "convert": "batchnorm.network.layers.convert",
-    "desynchronize": "batchnorm.network.ranks.synchronize",
-    "fold": "batchnorm.network.fold.fold",
-    "freeze": "batchnorm.network.statistics.freeze",
-    "insert": "batchnorm.network.insert.insert",
-    "load_flax": "batchnorm.network.layers.foreign",
-    "load_keras": "batchnorm.network.layers.foreign",
-    "param_groups": "batchnorm.network.groups",
-    "record": "batchnorm.network.record",
-    "restore": "batchnorm.network.accelerate",
-    "synchronize": "batchnorm.network.ranks.synchronize",
-    "together": "batchnorm.network.ranks.together",
-    "unfreeze": "batchnorm.network.statistics.freeze",
+_ROOMS = {
+    "accelerate": ("accelerate", "restore"),
+    "fold.fold": ("fold",),
+    "groups": ("param_groups",),
+    "insert.insert": ("insert",),
+    "layers": ("FrozenBatchNorm", "convert", "load_flax", "load_keras"),
+    "normalized": ("Normalized",),
+    "ranks.synchronize": ("desynchronize", "synchronize"),
+    "ranks.together": ("Joining", "together"),
+    "record": ("Record", "record"),
+    "statistics": ("accumulate", "adapt", "calibrate", "freeze", "unfreeze"),
 }
+_TOOLS = {tool: f"batchnorm.network.{room}" for room, tools in _ROOMS.items() for tool in tools}
 
 __all__ = [
     "ArgumentError",

@@ -14,7 +14,7 @@ from batchnorm.compiling import by_our_backend, compiling, one_step
 from batchnorm.kernels import cpu, select
 from batchnorm.kernels.contract import Norm
 from batchnorm.layout import channel_axis, values_per_channel
-from batchnorm.pooling.placed import infer_shards, is_placed, train_shards
+from batchnorm.pooling import is_placed
 from batchnorm.population import Tracking, count_empty
 from batchnorm.recording import Sink, Told, counting, tell
 from batchnorm.steps import Between
@@ -256,6 +256,8 @@ def infer(
             return z.copy_(
                 infer(z, running_mean, running_var, gamma, beta, residual, mask, masked_output, options)
             )
+        from batchnorm.pooling.placed import infer_shards
+
         statistics, vectors = (running_mean, running_var), (gamma, beta)
         return infer_shards(infer, z, statistics, vectors, residual, mask, masked_output, options)
     if compiling() and not inplace and by_our_backend():
@@ -322,6 +324,8 @@ def train(
         Of the shape of ``z``.
     """
     if type(z) is not Tensor and is_placed(z):
+        from batchnorm.pooling.placed import train_shards
+
         pair = (gamma, beta)
         return train_shards(
             train, z, pair, residual, mask, masked_output, tracking, population, options, between

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from batchnorm import validation
 from batchnorm.accumulator import Accumulator
 from batchnorm.compiling import compiling
-from batchnorm.distributed.groups import names_of
+from batchnorm.distributed.groups import members, names_of
 from batchnorm.domain import active_domain
 from batchnorm.ecosystem.plain import torch_layer
 from batchnorm.ecosystem.registration import announce
 from batchnorm.ecosystem.symbolic import one_step
 from batchnorm.errors import BatchNormError, ShapeError
 from batchnorm.functional import Options, infer, train
-from batchnorm.pooling import Pooling, pools, settings_of
 from batchnorm.populations import Populations
 from batchnorm.running import BUFFERS
+from batchnorm.steps import Between
 
 # looked at when they are set, in the constructor and after; eps when it is used, as in torch
 _OPTIONS = frozenset(
@@ -212,15 +212,18 @@ class Layer(Populations):
             z, self.weight, self.bias, residual, mask, masked_output, tracking, population, options, between
         )
 
-    def _between(self, z: Tensor, mask: Tensor | None, domain: str | None) -> Pooling | None:
+    def _between(self, z: Tensor, mask: Tensor | None, domain: str | None) -> Between | None:
         if self.virtual_batch_size is not None:
             raise validation.parts_and_pooling(self.virtual_batch_size)
         # a graph asks when it runs, for it may outlive the process group that it was compiled beside
         if not compiling() or torch.compiler.is_exporting():
-            if not pools(self.process_group):
+            if not members(self.process_group):
                 return None
             if not self.pooled_as:
                 self.pooled_as = _path_from_stack(self) or type(self).__name__
+        from batchnorm.pooling.graph import Pooling
+        from batchnorm.pooling.ranks import settings_of
+
         return Pooling(
             self.process_group,
             self.pooled_as or type(self).__name__,

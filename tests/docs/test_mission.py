@@ -50,9 +50,14 @@ def test_a_statement_leads_to_a_study_of_it(page, name):
 
 
 def test_every_number_that_a_page_cites_is_a_statement():
-    for page in DOCS.rglob("*.md"):
-        for number in re.findall(r"\bM(\d+)\b", page.read_text(encoding="utf-8")):
-            assert f"M{number}" in STATEMENTS, name_of(page)
+    cited = [
+        (f"M{number}", name_of(page))
+        for page in DOCS.rglob("*.md")
+        for number in re.findall(r"\bM(\d+)\b", page.read_text(encoding="utf-8"))
+    ]
+    assert len(cited) > 50
+    for number, page in cited:
+        assert number in STATEMENTS, page
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=name_of)

@@ -175,19 +175,25 @@ def test_averaged_weights_have_stale_statistics_until_they_are_calibrated():
 def test_two_forwards_before_a_backward_and_buffers_that_are_broadcast_between_them():
     # what DDP does with the buffers at every forward of training
     def twice(layer):
-        first = layer(torch.randn(8, 2, requires_grad=True))
+        z = torch.randn(8, 2, requires_grad=True)
+        first = layer(z)
         with torch.no_grad():
             for buffer in layer.buffers():
                 buffer.copy_(buffer.clone())
-        (first.sum() + layer(torch.randn(8, 2)).sum()).backward()
+        (first.square().sum() + layer(torch.randn(8, 2)).sum()).backward()
+        return z, layer
 
     for training in (True, False):
-        twice(batchnorm.BatchNorm1d(2).train(training))
+        z, layer = twice(batchnorm.BatchNorm1d(2).train(training))
+        alone = z.detach().clone().requires_grad_()
+        batchnorm.BatchNorm1d(2).train(training)(alone).square().sum().backward()
+        torch.testing.assert_close(z.grad, alone.grad)
+        assert layer.num_batches_tracked == 2 * training
 
 
 def test_vmap_over_a_layer_in_training():
     z = torch.randn(3, 8, 2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="in-place"):
         torch.func.vmap(partial(nn.BatchNorm1d(2)))(z)
     layer = batchnorm.BatchNorm1d(2)
     torch.func.vmap(layer)(z)

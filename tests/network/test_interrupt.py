@@ -78,28 +78,29 @@ def begun(model):
     batchnorm.accumulate(model).__enter__()
 
 
-def nothing(model):
-    """What a block would leave is not there before it is entered."""
+def used(model):
+    batchnorm.adapt(model, X)
+    model(X)
 
 
-# the third is what a `with` block finds: between making it and entering it, and as it is left, Python has
-# nobody yet or no longer who could put back
+# what follows the act is what a `with` block finds: between making it and entering it, and as it is left, Python
+# has nobody yet or no longer who could put back
 CASES = {
-    "calibrate": (torch_net, lambda m: batchnorm.calibrate(m, X.split(4), progress=False), nothing),
-    "calibrate a domain": (our_net, in_domain, nothing),
-    "adapt": (torch_net, adapted, lambda m: batchnorm.adapt(m, X)),
+    "calibrate": (torch_net, lambda m: batchnorm.calibrate(m, X.split(4), progress=False)),
+    "calibrate a domain": (our_net, in_domain),
+    "adapt": (torch_net, adapted, lambda m: batchnorm.adapt(m, X), used),
     "accumulate": (our_net, window, begun),
-    "freeze": (our_net, lambda m: batchnorm.freeze(m, affine=True), nothing),
-    "unfreeze": (our_net, batchnorm.unfreeze, nothing),
-    "convert to frozen": (torch_net, there, nothing),
-    "convert from frozen": (from_frozen, lambda m: batchnorm.convert(m, "torch"), nothing),
-    "convert to ours": (torch_net, lambda m: batchnorm.convert(m, "batchnorm"), nothing),
-    "convert to group": (torch_net, lambda m: batchnorm.convert(m, "group", example=X), nothing),
-    "synchronize": (torch_net, batchnorm.synchronize, nothing),
-    "desynchronize": (pooling, batchnorm.desynchronize, nothing),
-    "load_keras": (our_net, lambda m: batchnorm.load_keras(m, KERAS), nothing),
-    "insert": (plain_net, lambda m: batchnorm.insert(m, data=[X], progress=False), nothing),
-    "fold": (torch_net, lambda m: batchnorm.fold(m, X), nothing),
+    "freeze": (our_net, lambda m: batchnorm.freeze(m, affine=True)),
+    "unfreeze": (our_net, batchnorm.unfreeze),
+    "convert to frozen": (torch_net, there),
+    "convert from frozen": (from_frozen, lambda m: batchnorm.convert(m, "torch")),
+    "convert to ours": (torch_net, lambda m: batchnorm.convert(m, "batchnorm")),
+    "convert to group": (torch_net, lambda m: batchnorm.convert(m, "group", example=X)),
+    "synchronize": (torch_net, batchnorm.synchronize),
+    "desynchronize": (pooling, batchnorm.desynchronize),
+    "load_keras": (our_net, lambda m: batchnorm.load_keras(m, KERAS)),
+    "insert": (plain_net, lambda m: batchnorm.insert(m, data=[X], progress=False)),
+    "fold": (torch_net, lambda m: batchnorm.fold(m, X)),
 }
 
 
@@ -166,9 +167,9 @@ def instants(make, act, some):
 
 
 def check(name, some):
-    make, act, handed_over = CASES[name]
+    make, act, *handed_over = CASES[name]
     allowed = []
-    for whole in (act, handed_over):
+    for whole in (lambda model: None, act, *handed_over):
         torch.manual_seed(0)
         model = make()
         whole(model)

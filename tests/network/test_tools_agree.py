@@ -170,10 +170,20 @@ def test_data_that_is_a_batch_with_its_label_is_refused_and_a_split_tensor_is_se
     assert "2 calls" in batchnorm.record(batchnorm.calibrate(Network(), X.split(2))).rows[0].detail
 
 
-@pytest.mark.parametrize(
-    "wrap", [AveragedModel, torch.compile, nn.DataParallel], ids=lambda wrap: wrap.__name__
-)
-def test_the_network_inside_of_a_wrapper_is_meant(wrap):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A process group of one process."""
+    address = f"file://{tmp_path_factory.mktemp('group')}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS = [AveragedModel, torch.compile, nn.DataParallel, nn.parallel.DistributedDataParallel]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda wrap: wrap.__name__)
+def test_the_network_inside_of_a_wrapper_is_meant(wrap, alone):
     for name in ("fold", "insert"):
         model = Network()
         result = TOOLS[name][0](wrap(model), X)
@@ -183,10 +193,60 @@ def test_the_network_inside_of_a_wrapper_is_meant(wrap):
         ]
         with pytest.raises(ArgumentError, match="inplace=True"):
             TOOLS[name][0](wrap(model), X, inplace=True)
-    for name in ("calibrate", "freeze", "adapt"):
+    for name in ("calibrate", "freeze", "adapt", "convert", "synchronize", "load_keras"):
         wrapped = wrap(Network())
         assert TOOLS[name][0](wrapped, X) is wrapped
-        assert [row.path for row in batchnorm.record(wrapped)] == ["bn1", "bn2"]
+        paths = ["bn1"] if name == "load_keras" else ["bn1", "bn2"]
+        assert [row.path for row in batchnorm.record(wrapped)] == paths, name
+    calibrated, plain = wrap(Network()), Network()
+    plain.load_state_dict(batchnorm.convert(calibrated, "batchnorm", inplace=False).state_dict())
+    batchnorm.calibrate(calibrated, X.split(2), where="bn1")
+    batchnorm.calibrate(plain, X.split(2), where="bn1")
+    inside = batchnorm.convert(calibrated, "batchnorm", inplace=False)
+    assert torch.equal(inside.bn1.running_var, plain.bn1.running_var)
+
+
+def by_fully_shard(model):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    return torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+
+
+def by_fsdp(model):
+    return torch.distributed.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+def by_fsdp_within(model):
+    model.a = by_fsdp(model.a)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shard", [by_fully_shard, by_fsdp, by_fsdp_within])
+def test_a_sharded_network_is_measured_where_it_is_and_not_copied_or_given_other_layers(shard, alone):
+    for name in ("fold", "insert"):
+        for inplace in (False, True):
+            with pytest.raises(ArgumentError, match=f"{name}: the network is sharded"):
+                TOOLS[name][0](shard(Network()), X, inplace=inplace)
+    with pytest.raises(ArgumentError, match="calibrate: the network is sharded"):
+        batchnorm.calibrate(shard(Network()), [X], inplace=False)
+    plain = Network()
+    sharded = shard(copy.deepcopy(plain))
+    batchnorm.calibrate(plain, X.split(2))
+    assert batchnorm.calibrate(sharded, X.split(2)) is sharded
+    assert [row.path for row in batchnorm.record(sharded)] == ["bn1", "bn2"]
+    measured = dict(sharded.named_buffers())
+    for name, value in plain.named_buffers():
+        found = next(v for k, v in measured.items() if k.endswith(name))
+        torch.testing.assert_close(found, value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gamma_and_beta_in_one_parameter_with_others_cannot_be_spared(alone):
+    with pytest.raises(ArgumentError, match="param_groups: FullyShardedDataParallel has made one"):
+        batchnorm.param_groups(by_fsdp(Network()), 0.1)
+    decays, spared = batchnorm.param_groups(by_fully_shard(Network()), 0.1)
+    assert [p.dim() for p in decays["params"]] == [4] * 4
+    assert len(spared["params"]) == 8
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -195,17 +255,6 @@ def test_every_tool_refuses_a_scripted_network_in_the_same_words(name):
     scripted = torch.jit.trace(Network(nn.BatchNorm2d).eval(), X)
     with pytest.raises(ArgumentError, match=f"{name}: the network is scripted"):
         TOOLS[name][0](scripted, X)
-
-
-def test_a_sharded_network_is_changed_by_no_tool_that_replaces_layers():
-    class FSDPModule:
-        """Named as the class that torch's fully_shard mixes in."""
-
-    model = Network()
-    model.bn1.__class__ = type("FSDPBatchNorm2d", (FSDPModule, batchnorm.BatchNorm2d), {})
-    for name in ("fold", "insert"):
-        with pytest.raises(ArgumentError, match="sharded"):
-            TOOLS[name][0](model, X)
 
 
 def test_restore_takes_off_what_accelerate_put_on_and_names_what_stays():
@@ -235,9 +284,11 @@ def test_hints_name_ways_out_that_exist():
             r"mend=f?'([^']+)'", path.read_text()
         )
     assert len(texts) > 60
+    calls = [(name, text) for text in texts for name in re.findall(r"batchnorm\.(\w+)\(", text)]
+    assert len(calls) >= 5
+    for name, text in calls:
+        assert hasattr(batchnorm, name), text
     for text in texts:
-        for name in re.findall(r"batchnorm\.(\w+)\(", text):
-            assert hasattr(batchnorm, name), text
         for name, argument in re.findall(r"\b(\w+)\((?:model|network|net), (?:\w+, )?(\w+)=", text):
             if hasattr(batchnorm, name):
                 assert argument in inspect.signature(getattr(batchnorm, name)).parameters, text

@@ -16,7 +16,7 @@ from zoo_sequences import SEQUENCES
 import batchnorm
 from batchnorm.network.accelerate import call
 from batchnorm.network.values.find import find_flow
-from batchnorm.network.values.modules import is_frozen_lookalike
+from batchnorm.network.values.norms import is_frozen_lookalike
 
 ZOO = IMAGES | SEQUENCES
 

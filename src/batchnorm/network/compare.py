@@ -1,13 +1,40 @@
-"""What a network gave, taken apart into numbers and other values, and how far two such answers are apart."""
+"""Two networks' answers compared: the one place where rounding is told from error, for every tool.
+
+A right change of a network computes the same quantities with other roundings. How far those move an answer is no
+constant: a network that subtracts large numbers, or is deep, makes more of them than another. So it is measured,
+on the given network, as what becomes of its answers when its values and its input are off by one unit in the last
+place. Where a value is rounded once, a sum of K products is rounded in up to log2(K) places, and the vectors of a
+norm meet in one scale and one shift: a factor of ``ROOM`` covers these, and ``FLOOR`` units beside it the roundings
+of the answer itself.
+
+A gradient jumps where a value lies at a kink (of ReLU, of a maximum), and rounding decides on which side. Which ones
+do is chance, so weights and input are moved further as well, by ``_FAR`` units, and a few times what the gradients
+then do is allowed.
+
+A wrong change is off by far more than the network's own noise; where that noise could hide
+one, the comparison tells nothing, and says so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from batchnorm.network.inputs import copied, each_tensor
+
+ROOM, FLOOR = 64, 16
+_TELLING = 0.02  # where noise may be larger than this, an error could hide in it
+_SHAKES, _FAR = 2, 16
+_ROOM_FAR = 8
+GRADIENT = "gradient"
+"""How the places of gradients begin: they share one scale, for one may be zero but for rounding."""
+
+Answers = dict[str, Any]
+"""What a run of a network gave: a leaf for each place."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
@@ -115,19 +142,21 @@ def epsilon(value: Any) -> float | None:
     return torch.finfo(torch.float32).eps if isinstance(value, (float, complex)) else None
 
 
-def apart(a: Any, b: Any) -> float:
+def apart(a: Any, b: Any, scale: float | None = None) -> float:
     """How far two leaves are apart.
 
     Parameters
     ----------
     a, b : object
         Leaves at the same place of two answers.
+    scale : float, optional
+        What a difference of numbers is divided by; the largest value of ``a`` by default.
 
     Returns
     -------
     float
-        For numbers that rounding reaches, the largest difference over the largest value of ``a``; inf where
-        kind, shape or the places of NaN and inf differ. For others 0 or inf.
+        For numbers that rounding reaches, the largest difference over the scale; inf where kind, shape or the
+        places of NaN and inf differ. For others 0 or inf.
     """
     if type(a) is not type(b):
         return float("inf")
@@ -146,4 +175,133 @@ def apart(a: Any, b: Any) -> float:
         return float("inf")
     if not bool(finite.any()):
         return 0.0
-    return float((a[finite] - b[finite]).abs().max()) / max(float(a[finite].abs().max()), 1e-30)
+    return float((a[finite] - b[finite]).abs().max()) / max(_largest(a) if scale is None else scale, 1e-30)
+
+
+def _largest(number: Any) -> float:
+    """The largest magnitude among a leaf's finite numbers."""
+    values = torch.as_tensor(number).detach().cpu()
+    values = values[torch.isfinite(values)].abs().double()
+    return float(values.max()) if values.numel() else 0.0
+
+
+class Finding(NamedTuple):
+    """What a comparison found: right, wrong, or (None) nothing that tells."""
+
+    right: bool | None
+    off: float = 0.0
+    allowed: float = 0.0
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: relative difference {self.off:.3g}, allowed {self.allowed:.3g}"
+
+
+def compared(given: Answers, other: Answers, repeats: Iterable[tuple[int, Answers]]) -> Finding:
+    """Tell whether a changed network gives the answers of the given one, to the given one's own rounding.
+
+    Parameters
+    ----------
+    given, other : dict
+        What the given and the changed network answered, by place.
+    repeats : iterable of tuple of int and dict
+        From :func:`repeats`; drawn where the answers are not equal at once.
+
+    Returns
+    -------
+    Finding
+        The first place that is wrong; or whether any number told anything.
+    """
+    repeats, infinite = iter(repeats), float("inf")
+    if list(given) != list(other) and list(given) == list(next(repeats)[1]):
+        return Finding(False, infinite, 0.0, "the structure of the answer")
+    shared = max((_largest(leaf) for place, leaf in given.items() if place.startswith(GRADIENT)), default=0.0)
+
+    def distance(run: Answers, place: str) -> float:
+        if place not in run:
+            return infinite
+        return apart(given[place], run[place], shared if place.startswith(GRADIENT) else None)
+
+    off = {place: distance(other, place) for place in given if place in other}
+    floor = {place: FLOOR * (epsilon(given[place]) or 0.0) for place in off}
+    allowed = dict(floor)
+    for room, run in repeats:
+        if all(off[place] <= allowed[place] for place in off):
+            break
+        for place in off:
+            if room == ROOM or place.startswith(GRADIENT):
+                allowed[place] = max(allowed[place], floor[place] + room * distance(run, place))
+    told = None
+    for place, most in allowed.items():
+        if off[place] > most:
+            return Finding(False, off[place], most, place)
+        number = epsilon(given[place]) is not None and bool(
+            torch.isfinite(torch.as_tensor(given[place])).any()
+        )
+        told = True if number and most <= _TELLING else told
+    return Finding(told)
+
+
+def repeats(
+    model: nn.Module,
+    example: Any,
+    ask: Callable[[nn.Module, Any], Answers],
+    meant: Iterable[str] | None = None,
+) -> Iterator[tuple[int, Answers]]:
+    """Ask a network once more, then with its values and its input off by one unit in the last place, then by more.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The given network; copies of it are asked.
+    example : Tensor, tuple or dict
+        Its input.
+    ask : callable
+        Gives the answers of a network to an input.
+    meant : iterable of str, optional
+        Paths of the modules whose values are changed; all by default.
+
+    Yields
+    ------
+    tuple of int and dict
+        How many times what is seen here is allowed, and the answers.
+    """
+    yield ROOM, ask(copied(model), example)
+    for seed in range(2 * _SHAKES):
+        generator, far = torch.Generator().manual_seed(seed), seed >= _SHAKES
+
+        def shake(tensor: Tensor, generator: torch.Generator = generator, far: bool = far) -> Tensor:
+            if not tensor.is_floating_point() or tensor.is_quantized or tensor.is_nested:
+                return tensor
+            plain, unit = tensor.detach(), torch.finfo(tensor.dtype).eps
+            signs = torch.randint(0, 2, tensor.shape, generator=generator).to(plain) * 2 - 1
+            return plain + _FAR * unit * _largest(plain) * signs if far else plain * (1 + unit * signs)
+
+        shaken = copied(model)
+        modules = shaken.modules() if meant is None else map(shaken.get_submodule, dict.fromkeys(meant))
+        tables = [(m._parameters,) if far else (m._parameters, m._buffers) for m in modules]
+        held = {id(t): t for kinds in tables for table in kinds for t in table.values() if t is not None}
+        for tensor in held.values():
+            tensor.data = shake(tensor)
+        yield _ROOM_FAR if far else ROOM, ask(shaken, each_tensor(shake, example))
+
+
+def named(leaves: Iterable[tuple[str, Any]]) -> Answers:
+    """Answers from leaves with their places; of a place that comes again, each with its number.
+
+    Parameters
+    ----------
+    leaves : iterable of tuple of str and object
+        As :func:`kept` gives them.
+
+    Returns
+    -------
+    dict
+        In the same order.
+    """
+    found: Answers = {}
+    times: dict[str, int] = {}
+    for place, leaf in leaves:
+        times[place] = times.get(place, 0) + 1
+        found[f"{place} #{times[place]}" if times[place] > 1 else place] = leaf
+    return found

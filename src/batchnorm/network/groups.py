@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
 from batchnorm.errors import ArgumentError
-from batchnorm.network.model import check_model, check_number, unwrapped
+from batchnorm.network.model import check_model, check_number, check_sized, unwrapped
 from batchnorm.network.record import Record, forget_tool, write_record
-from batchnorm.network.values.modules import OTHER_NORMS, is_batch_norm
-
-# "q_bias", "bias_ih_l0" and "in_proj_bias" are biases, "unbiased" is none
-_BIAS = re.compile(r"(^|_)bias(_|$)")
-_NAMED_NORM = re.compile(r"norm", re.IGNORECASE)
+from batchnorm.network.values.norms import BIAS, is_norm, own_parameters
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -75,8 +67,15 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         mend="1e-4 is usual for convolutional networks.",
     )
     check_model(model, "param_groups")
-    found = list(_without_decay(unwrapped(model)))
-    without = {id(parameter) for *_, parameter in found}
+    check_sized(model, "param_groups")
+    if any("_flat_param" in name for name, _ in model.named_parameters()):
+        raise ArgumentError(
+            "param_groups: FullyShardedDataParallel has made one parameter of many, gamma and beta among them.",
+            why="it decays as a whole, or not.",
+            mend="FullyShardedDataParallel(..., use_orig_params=True), or fully_shard(model).",
+        )
+    spared = list(_without_decay(unwrapped(model)))
+    without = {id(parameter) for *_, held in spared for parameter in held.values()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ArgumentError(
@@ -88,92 +87,18 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for p in parameters if id(p) not in without], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) in without], "weight_decay": 0.0},
     ]
-    told, layers = Record(tool="param_groups"), dict[str, tuple[nn.Module, list[str]]]()
-    for path, module, name, _ in found:
-        layers.setdefault(path, (module, []))[1].append(name)
-    for path, (module, names) in layers.items():
-        told.add(path, type(module).__name__, "without decay", ", ".join(names))
+    told = Record(tool="param_groups")
+    for path, module, held in spared:
+        told.add(path, type(module).__name__, "without decay", ", ".join(held))
     forget_tool(model, "param_groups")
     write_record(model, told)
     return [group for group in groups if group["params"]]
 
 
-def _without_decay(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    behaviour: dict[Any, bool] = {}
+def _without_decay(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
+    """Path and module of each layer that goes without, and its parameters that do."""
     for path, module in model.named_modules():
-        own = dict(_own_parameters(module))
-        if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in own.values()):
-            raise ArgumentError(
-                "param_groups: a layer is lazy, and its parameters have no shape yet.",
-                why="what its first batch makes of them would be in no group.",
-                mend="run the network on one batch first.",
-                at=path,
-            )
-        normalizes = _normalizes(module, own, behaviour)
-        yield from (
-            (path, module, name, held) for name, held in own.items() if normalizes or _BIAS.search(name)
-        )
-
-
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Those of a module itself, with what torch keeps elsewhere of the ones that are parametrized."""
-    yield from module.named_parameters(recurse=False)
-    if parametrize.is_parametrized(module):
-        for name, held in module.parametrizations.items():  # type: ignore[operator, union-attr]
-            yield from ((name, parameter) for parameter in held.parameters())
-
-
-def _normalizes(module: nn.Module, own: dict[str, nn.Parameter], behaviour: dict[Any, bool]) -> bool:
-    if is_batch_norm(module) or isinstance(module, OTHER_NORMS):
-        return True
-    if not own or not all(_is_vector(parameter) for parameter in own.values()):
-        return False
-    if any(
-        True
-        for name, child in module.named_children()
-        if name != "parametrizations"
-        for _ in child.parameters()
-    ):
-        return False  # a block that holds a norm, or goes without one and says so in its name
-    if any(_NAMED_NORM.search(cls.__name__) for cls in type(module).__mro__):
-        return True
-    if all(_BIAS.search(name) for name in own):
-        return False
-    # a model holds many of a class, which differ in their number of channels alone
-    key = (type(module), *own)
-    if key not in behaviour:
-        behaviour[key] = _keeps_under_scale(module, max(parameter.numel() for parameter in own.values()))
-    return behaviour[key]
-
-
-def _is_vector(parameter: Tensor) -> bool:
-    return sum(size != 1 for size in parameter.shape) <= 1
-
-
-def _keeps_under_scale(module: nn.Module, channels: int) -> bool:
-    """Whether a module answers the same when its input is multiplied by 8; by trial, on a copy."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            trial: Any = copy.deepcopy(module).to("cpu").float().train()
-            for parameter in trial.parameters():
-                # what a learned gate begins with may be 0, behind which nothing shows
-                parameter.copy_(torch.linspace(0.5, 1.5, parameter.numel()).view_as(parameter))
-            torch.manual_seed(0)
-            for shape in ((6, channels), (6, 5, channels), (6, channels, 4, 4)):
-                x = torch.randn(shape) * 2 + 0.5
-                y, scaled = _answer(trial, x), _answer(trial, 8 * x)
-                if y is not None and scaled is not None:
-                    moves = float(y.std()) > 1e-3 and not torch.allclose(y[0], y[1], rtol=1e-3)
-                    return moves and bool(torch.allclose(y, scaled, rtol=1e-2, atol=1e-2))
-    except Exception:
-        # a copy or a forward of another library may raise anything; then nothing was seen
-        return False
-    return False
-
-
-def _answer(trial: Any, x: Tensor) -> Tensor | None:
-    try:
-        y = trial(x)
-    except Exception:
-        return None
-    return y if isinstance(y, Tensor) and y.shape == x.shape else None
+        own = dict(own_parameters(module))
+        held = own if is_norm(module) else {name: p for name, p in own.items() if BIAS.search(name)}
+        if held:
+            yield path, module, held

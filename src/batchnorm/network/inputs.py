@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import ArgumentError
-from batchnorm.network.model import check_model, unwrapped
+from batchnorm.network.model import check_model, check_whole, unwrapped
 
 Forward = Callable[[nn.Module, Any], Any] | None
 """How a network is called on an input, where that is not plain: ``forward(model, batch)``."""
@@ -55,10 +55,10 @@ def run(model: nn.Module, batch: Any, tool: str, forward: Forward = None, **name
     if isinstance(batch, Mapping):
         return model(**{**batch, **named})
     if isinstance(batch, (tuple, list)) and batch:
-        if len(batch) == 1 or _required(model) == 1:
+        if len(batch) == 1 or required(model) == 1:
             first = batch[0]
             return run(model, first, tool, **named) if isinstance(first, Mapping) else model(first, **named)
-        return model(*batch[: _required(model)], **named)
+        return model(*batch[: required(model)], **named)
     if isinstance(batch, (*_NO_INPUT, tuple, list)):
         raise ArgumentError(
             f"{tool}: an input of type {type(batch).__name__} is neither a tensor, a mapping, nor a tuple or "
@@ -69,8 +69,47 @@ def run(model: nn.Module, batch: Any, tool: str, forward: Forward = None, **name
     return model(batch, **named)
 
 
-def _required(model: nn.Module) -> int | None:
-    """How many positional arguments a network requires, at least one; None where it takes any number."""
+def run_each(model: nn.Module, batches: Iterable[Any], tool: str, forward: Forward = None) -> int:
+    """Call a network on batches, each moved to its device; one that is compiled runs as it was written.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network.
+    batches : iterable
+        As `run` takes them.
+    tool : str
+        Who asks, for the message.
+    forward : callable, optional
+        ``forward(model, batch)``, which gets a batch as the loader gave it.
+
+    Returns
+    -------
+    int
+        How many there were.
+    """
+    device, number = single_device(model), 0
+    # a compiled module does not see hooks that are younger than its graph
+    with torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            run(model, batch if forward else move_to(batch, device), tool, forward)
+            number += 1
+    return number
+
+
+def required(model: nn.Module) -> int | None:
+    """How many positional arguments a network requires.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its forward's signature is read; of a wrapper that hands on what it is given, that of what it holds.
+
+    Returns
+    -------
+    int or None
+        At least one; None where it takes any number.
+    """
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
@@ -81,7 +120,7 @@ def _required(model: nn.Module) -> int | None:
     if needed == 0 and any(p.kind is p.VAR_POSITIONAL for p in parameters):
         # a wrapper hands on what it is given
         inner = list(model.children())
-        return _required(inner[0]) if len(inner) == 1 else None
+        return required(inner[0]) if len(inner) == 1 else None
     return max(needed, 1)
 
 
@@ -135,6 +174,22 @@ def each_tensor(change: Callable[[Tensor], Any], tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, change, tree)
 
 
+def doubled(tree: Any) -> Any:
+    """Give an input in float64.
+
+    Parameters
+    ----------
+    tree : object
+        Tensors in tuples, lists and mappings.
+
+    Returns
+    -------
+    object
+        Of the same structure; integers and booleans stay.
+    """
+    return each_tensor(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, tree)
+
+
 def copied(model: nn.Module) -> nn.Module:
     """Copy a network.
 
@@ -175,7 +230,10 @@ def target(model: nn.Module, tool: str, inplace: bool) -> nn.Module:
         ``model`` itself where ``inplace`` is true.
     """
     check_model(model, tool)
-    return model if inplace else copied(unwrapped(model))
+    if inplace:
+        return model
+    check_whole(model, tool, "inplace=True")
+    return copied(unwrapped(model))
 
 
 def batches_of(data: Any, verb: str) -> Iterable[Any]:

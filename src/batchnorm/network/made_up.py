@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from batchnorm.network.inputs import required
+
 _SIDES = (64, 224, 32, 299, 128, 28, 384)
+# by the number of axes of space: before a convolution, and before a transposed one
+_OF_CONVOLUTIONS = {1: (32, 400, 4000, 16000), 2: _SIDES, 3: (16, 32, 64)}
+_OF_TRANSPOSED = {1: _OF_CONVOLUTIONS[1], 2: (1, 4, 8), 3: (1, 4)}
 
 
 def guesses(model: nn.Module) -> Iterator[Any]:
@@ -41,14 +44,8 @@ def guesses(model: nn.Module) -> Iterator[Any]:
         channels, *sides = given["input_size"]
         yield draw(2, channels, *[min(_SIDES[0], side) for side in sides])
         yield draw(2, channels, *sides)
-    with suppress(TypeError, ValueError):
-        needed = [
-            p
-            for p in inspect.signature(model.forward).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        if len(needed) > 1:
-            return
+    if (required(model) or 0) > 1:
+        return
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             yield draw(4, layer.in_features)
@@ -57,19 +54,12 @@ def guesses(model: nn.Module) -> Iterator[Any]:
         if isinstance(layer, nn.Embedding):
             yield torch.zeros(2, 8, dtype=torch.long, device=layer.weight.device)
             return
-        if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
-            for side in (32, 400, 4000, 16000):
-                yield draw(2, layer.in_channels, side)
-                if layer.in_channels == 1:
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            axes = len(layer.kernel_size)
+            for side in (_OF_TRANSPOSED if layer.transposed else _OF_CONVOLUTIONS)[axes]:
+                yield draw(2, layer.in_channels, *[side] * axes)
+                if axes == layer.in_channels == 1:
                     yield draw(2, side)
-            return
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            for side in (1, 4, 8) if isinstance(layer, nn.ConvTranspose2d) else _SIDES:
-                yield draw(2, layer.in_channels, side, side)
-            return
-        if isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
-            for side in (1, 4) if isinstance(layer, nn.ConvTranspose3d) else (16, 32, 64):
-                yield draw(2, layer.in_channels, side, side, side)
             return
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             channels = layer.num_features

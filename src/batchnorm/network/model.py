@@ -12,7 +12,7 @@ from torch import nn
 
 from batchnorm.errors import ArgumentError
 
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "FullyShardedDataParallel")
 _PARAMETERS_ONLY = (nn.ParameterList, nn.ParameterDict)
 
 
@@ -83,18 +83,37 @@ def check_runs(model: nn.Module, tool: str, forward: Any = None) -> None:
             why="the statistics are those of what flows through the network.",
             mend="give the network that holds it; or forward=lambda model, batch: ..., where the tool takes one.",
         )
+    check_sized(model, tool)
     for path, module in model.named_modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            lazy = isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
-            if tensor is not None and (lazy or tensor.is_meta):
-                raise ArgumentError(
-                    f"{tool}: a layer {'is lazy' if lazy else 'is on the meta device'} and has no values yet.",
-                    why="the network can't be run for numbers.",
-                    mend="run it on one batch first."
-                    if lazy
-                    else "model.to_empty(device=...), then load its values.",
-                    at=path,
-                )
+        if any(
+            t is not None and t.is_meta for t in (*module._parameters.values(), *module._buffers.values())
+        ):
+            raise ArgumentError(
+                f"{tool}: a layer is on the meta device and has no values yet.",
+                why="the network can't be run for numbers.",
+                mend="model.to_empty(device=...), then load its values.",
+                at=path,
+            )
+
+
+def check_sized(model: nn.Module, tool: str) -> None:
+    """Raise `ArgumentError` where a layer waits for its first batch.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network.
+    tool : str
+        Who asks, for the message.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            raise ArgumentError(
+                f"{tool}: a layer is lazy and has no values yet.",
+                why="its sizes are not known before its first batch.",
+                mend="run the network on one batch first.",
+                at=path,
+            )
 
 
 def _has_batch_norms(scripted: nn.Module) -> bool:
@@ -164,12 +183,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        Of a module of ``torch.compile``, DistributedDataParallel, DataParallel or AveragedModel the one it
-        holds; any other as it is.
+        Of a module of ``torch.compile``, DistributedDataParallel, DataParallel, AveragedModel or
+        FullyShardedDataParallel the one it holds; any other as it is.
     """
     if hasattr(model, "_orig_mod") and hasattr(model, "dynamo_ctx"):
         return unwrapped(model._orig_mod)  # type: ignore[arg-type]
-    if isinstance(model, _WRAPPERS) or type(model).__name__ == "AveragedModel":
+    if any(kind.__name__ in _WRAPPERS for kind in type(model).__mro__):
         return unwrapped(model.module)  # type: ignore[arg-type]
     return model
 
@@ -194,9 +213,10 @@ def to_change(model: Any, tool: str, inplace: bool) -> nn.Module:
     Raises
     ------
     ArgumentError
-        It is no network that can be changed, or is not whole in this process.
+        It is no network that can be changed, has lazy layers, or is not whole in this process.
     """
     check_model(model, tool)
+    check_whole(model, tool, f"{tool} it before it is sharded")
     inside = unwrapped(model)
     if inplace and inside is not model:
         raise ArgumentError(
@@ -204,15 +224,30 @@ def to_change(model: Any, tool: str, inplace: bool) -> nn.Module:
             why="what was made of the network, a graph or buckets of gradients, would go on as before.",
             mend="change the network inside, then compile or wrap it again.",
         )
-    for path, module in inside.named_modules():
+    check_sized(inside, tool)
+    return inside
+
+
+def check_whole(model: nn.Module, tool: str, first: str) -> None:
+    """Raise `ArgumentError` where each process holds a part of the network's weights (FSDP).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        As given, with what is around it.
+    tool : str
+        Who asks.
+    first : str
+        What to do instead, for the message.
+    """
+    for path, module in model.named_modules():
         if any("FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for kind in type(module).__mro__):
             raise ArgumentError(
                 f"{tool}: the network is sharded, and each process holds a part of its weights.",
-                why="a layer is changed as a whole.",
-                mend=f"{tool} it before it is sharded, or load its full state dict into a plain one.",
+                why="a layer is copied and changed as a whole.",
+                mend=f"{first}, or load its full state dict into a plain one.",
                 at=path,
             )
-    return inside
 
 
 Where = str | Callable[[str, nn.Module], bool] | None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -62,9 +61,7 @@ class Undo:
     def __enter__(self) -> Undo:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None or self._always:
             self.back()
 
@@ -153,7 +150,7 @@ def stop_gradients(undo: Undo) -> None:
     torch.set_grad_enabled(False)
 
 
-def hook_before(undo: Undo, module: nn.Module, hook: Callable[..., Any]) -> None:
+def hook_before(undo: Undo, module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> None:
     """Call ``hook(module, args, kwargs)`` before each forward of a module, to be undone.
 
     Parameters
@@ -163,14 +160,16 @@ def hook_before(undo: Undo, module: nn.Module, hook: Callable[..., Any]) -> None
     module : torch.nn.Module
         Any module.
     hook : callable
-        May return what goes in instead, as torch's own pre-hooks.
+        May return other arguments, as torch's own hooks.
+    first : bool, default False
+        Before the hooks that the module has.
     """
     undo.add(partial(_unhook, hook, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
-    module.register_forward_pre_hook(hook, with_kwargs=True)
+    module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
 
 
-def hook_after(undo: Undo, module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Call ``hook(module, args, output)`` after each forward of a module, to be undone.
+def hook_after(undo: Undo, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
+    """Call ``hook(module, args, kwargs, output)`` after each forward of a module, to be undone.
 
     Parameters
     ----------
@@ -180,35 +179,12 @@ def hook_after(undo: Undo, module: nn.Module, hook: Callable[..., Any]) -> None:
         Any module.
     hook : callable
         May return another output, as torch's own hooks.
+    always : bool, default False
+        Also where the forward raises; the output is None then.
     """
-    undo.add(partial(_unhook, hook, module._forward_hooks))
-    module.register_forward_hook(hook)
-
-
-def hook_around(
-    undo: Undo, modules: Iterable[nn.Module], before: Callable[..., Any], after: Callable[..., Any]
-) -> None:
-    """Call hooks around every forward of some modules, outside of the hooks that they have, to be undone.
-
-    Parameters
-    ----------
-    undo : Undo
-        Takes the steps.
-    modules : iterable of torch.nn.Module
-        Any modules.
-    before, after : callable
-        ``before(module, args, kwargs)`` and ``after(module, args, kwargs, output)``, also where the forward
-        raises; the output is None then.
-    """
-    for module in modules:
-        held = module.__dict__
-        undo.add(
-            partial(_unhook, before, *(held[f"_forward_pre_hooks{end}"] for end in ("", "_with_kwargs")))
-        )
-        ends = ("", "_with_kwargs", "_always_called")
-        undo.add(partial(_unhook, after, *(held[f"_forward_hooks{end}"] for end in ends)))
-        module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-        module.register_forward_hook(after, with_kwargs=True, always_call=True)
+    ends = ("", "_with_kwargs", "_always_called")
+    undo.add(partial(_unhook, hook, *(module.__dict__[f"_forward_hooks{end}"] for end in ends)))
+    module.register_forward_hook(hook, with_kwargs=True, always_call=always)
 
 
 def _unhook(hook: Callable[..., Any], table: dict[int, Any], *others: dict[int, Any]) -> None:

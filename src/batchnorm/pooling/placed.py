@@ -7,7 +7,6 @@ the activations never leaves it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,26 +18,10 @@ from batchnorm.distributed.conversation import conversation
 from batchnorm.distributed.groups import Names, find, names_of
 from batchnorm.errors import ArgumentError
 from batchnorm.layout import channel_axis
+from batchnorm.pooling import is_placed
 from batchnorm.pooling.graph import Pooling
 from batchnorm.pooling.ranks import settings_of
 from batchnorm.population import Tracking
-
-
-def is_placed(z: Tensor) -> bool:
-    """Whether a tensor is a DTensor.
-
-    Parameters
-    ----------
-    z : Tensor
-        Any.
-
-    Returns
-    -------
-    bool
-        Without importing what defines them.
-    """
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(z, module.DTensor)
 
 
 class _Plan(NamedTuple):

@@ -62,21 +62,16 @@ def backward_training(
         Derivative with respect to the residual.
     """
     m, mu, sigma2 = batch_statistics(z, channel_dim, mask)
-    return _backward(
-        dy,
-        z,
-        mu,
-        sigma2,
-        m,
-        gamma,
-        beta,
-        eps,
-        channel_dim,
-        activation,
-        residual,
-        mask,
-        through_statistics=True,
-    )
+    dz, dgamma, dbeta, du = backward_inference(
+        dy, z, mu, sigma2, gamma, beta, eps,
+        channel_dim=channel_dim, activation=activation, residual=residual, mask=mask,
+    )  # fmt: skip
+    axis = channel_axis(z.ndim, channel_dim)
+    z_norm = normalize(z, mu, sigma2, None, None, eps, channel_dim)
+    through = _per_channel(dbeta, z, axis) + z_norm * _per_channel(dgamma, z, axis)
+    scale = (1.0 if gamma is None else np.asarray(gamma, np.float64)) / np.sqrt(sigma2 + eps)
+    dz = dz - _per_channel(scale, z, axis) * np.where(_where(mask, z, axis), through, 0.0) / max(m, 1)
+    return dz, dgamma, dbeta, du
 
 
 def backward_inference(
@@ -125,55 +120,18 @@ def backward_inference(
     dresidual : ndarray
         Derivative with respect to the residual.
     """
-    return _backward(
-        dy,
-        z,
-        population_mu,
-        population_sigma2,
-        1,
-        gamma,
-        beta,
-        eps,
-        channel_dim,
-        activation,
-        residual,
-        mask,
-        through_statistics=False,
-    )
-
-
-def _backward(
-    dy: np.ndarray,
-    z: np.ndarray,
-    mu: np.ndarray,
-    sigma2: np.ndarray,
-    m: int,
-    gamma: np.ndarray | None,
-    beta: np.ndarray | None,
-    eps: float,
-    channel_dim: int,
-    activation: str | None,
-    residual: np.ndarray | None,
-    mask: np.ndarray | None,
-    *,
-    through_statistics: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     axis = channel_axis(z.ndim, channel_dim)
     others = tuple(a for a in range(z.ndim) if a != axis)
     keep = _where(mask, z, axis)
-    z_norm = np.where(keep, normalize(z, mu, sigma2, None, None, eps, channel_dim), 0.0)
-    u = normalize(z, mu, sigma2, gamma, beta, eps, channel_dim)
+    z_norm = np.where(keep, normalize(z, population_mu, population_sigma2, None, None, eps, channel_dim), 0.0)
+    u = normalize(z, population_mu, population_sigma2, gamma, beta, eps, channel_dim)
     if residual is not None:
         u = u + np.asarray(residual, np.float64)
     du = np.where(
         keep, np.asarray(dy, np.float64) * activate_derivative(np.where(keep, u, 0.0), activation), 0.0
     )
 
-    dbeta = du.sum(axis=others)
-    dgamma = (du * z_norm).sum(axis=others)
-    inner = du
-    if through_statistics:
-        inner = du - keep * (_per_channel(dbeta, z, axis) + z_norm * _per_channel(dgamma, z, axis)) / m
-    inv_std = 1 / np.sqrt(_per_channel(sigma2, z, axis) + eps)
-    dz = inner * inv_std if gamma is None else inner * inv_std * _per_channel(gamma, z, axis)
-    return dz, dgamma, dbeta, du
+    scale = 1 / np.sqrt(_per_channel(population_sigma2, z, axis) + eps)
+    if gamma is not None:
+        scale = scale * _per_channel(gamma, z, axis)
+    return du * scale, (du * z_norm).sum(axis=others), du.sum(axis=others), du

@@ -217,7 +217,7 @@ def test_bad_arguments(to, options):
 
 def test_a_failing_example_changes_nothing():
     model = network()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="channels"):
         convert(model, "sync", example=torch.randn(2, 9, 8, 8))
     assert type(model[1]) is nn.BatchNorm2d
     assert not model[1]._forward_pre_hooks

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 EVERYTHING = -1
 """Stands among storages for: any of them."""
@@ -23,6 +24,14 @@ _WRITERS = frozenset(
         operator.irshift, operator.setitem, operator.delitem,
     ]
 )  # fmt: skip
+_WITHOUT_SIGNATURE: dict[Any, tuple[str, ...]] = {
+    torch.batch_norm: (
+        "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"
+    ),
+    torch.instance_norm: ("input", "weight", "bias", "running_mean", "running_var"),
+    F.hardtanh_: ("input", "min_val", "max_val"),
+    F.leaky_relu_: ("input", "negative_slope"),
+}  # fmt: skip
 _PURE_HOMES = (
     "_operator",
     "math",
@@ -52,16 +61,11 @@ def value(node: Any) -> Any:
 
 def tensors(tree: Any) -> Iterator[Tensor]:
     """Every tensor that a step returned, or that its arguments hold."""
-    if isinstance(tree, fx.Node):
-        yield from tensors(value(tree))
-    elif isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors(item)
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors(item)
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, fx.Node):
+            yield from tensors(value(leaf))
+        elif isinstance(leaf, Tensor):
+            yield leaf
 
 
 def storages(tree: Any) -> frozenset[int]:
@@ -90,24 +94,21 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
         return None
 
 
-def arguments(node: fx.Node, names: tuple[str, ...] = ()) -> dict[str, Any]:
+def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of a call by name.
 
     Parameters
     ----------
     node : torch.fx.Node
         A call.
-    names : tuple of str
-        In order, for a function that tells no signature.
 
     Returns
     -------
     dict
         Those that were given.
     """
-    signature = None
-    if not names and node.op == "call_function":
-        signature = _signature(node.target)
+    names = _WITHOUT_SIGNATURE.get(node.target, ())
+    signature = _signature(node.target) if node.op == "call_function" and not names else None
     if signature is not None:
         try:
             return dict(signature.bind(*node.args, **node.kwargs).arguments)
@@ -174,7 +175,8 @@ def written(node: fx.Node) -> frozenset[int]:
     if isinstance(target, torch._ops.OpOverloadPacket):
         return storages((node.args, node.kwargs))
     if target in (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm):
-        return _statistics(node)
+        given = arguments(node)
+        return storages([given.get("running_mean"), given.get("running_var")])
     home = getattr(target, "__module__", None) or ""
     name = getattr(target, "__name__", "")
     if home in _PURE_HOMES or target in vars(math).values() or _is_torch_builtin(target):
@@ -185,12 +187,3 @@ def written(node: fx.Node) -> frozenset[int]:
             return storages((node.args, node.kwargs))
         return frozenset()
     return storages((node.args, node.kwargs))
-
-
-def _statistics(node: fx.Node) -> frozenset[int]:
-    given = (
-        arguments(node, ("input", "weight", "bias", "running_mean", "running_var"))
-        if (node.target in (torch.batch_norm, torch.instance_norm))
-        else arguments(node)
-    )
-    return storages([given.get("running_mean"), given.get("running_var")])

@@ -11,7 +11,7 @@ from batchnorm.network.accelerate.running import Accelerated, Compiled, compiled
 from batchnorm.network.accelerate.told import TOOL
 from batchnorm.network.accelerate.verify import verify
 from batchnorm.network.inputs import Forward, check_forward, copied
-from batchnorm.network.model import check_model
+from batchnorm.network.model import check_model, unwrapped
 from batchnorm.network.record import Record, forget_tool, write_record
 
 _PLACE = "_compiled_call_impl"  # where torch.nn.Module.compile puts what a call runs
@@ -127,7 +127,7 @@ def restore(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         forget_tool(module, TOOL)
     forget_tool(model, "restore")
     told = Record()
-    for path, module in model.named_modules():
+    for path, module in unwrapped(model).named_modules():
         if getattr(module, "frozen_statistics", False) or getattr(module, "frozen_affine", False):
             told.leave(path, type(module).__name__, "frozen: unfreeze(model) lets it move", tool="restore")
     return write_record(model, told) if told.rows else model

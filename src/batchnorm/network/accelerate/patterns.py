@@ -19,9 +19,6 @@ from batchnorm.population import Tracking
 DEVICES = ("cpu",)
 """Where a kernel of ours is faster than torch's own batch norm."""
 
-_TORCH_BATCH_NORM = (
-    "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"
-)  # fmt: skip
 _ACTIVATIONS: dict[Any, str] = {
     F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
     F.relu6: "relu6", F.hardtanh: "hardtanh", F.hardtanh_: "hardtanh",
@@ -32,7 +29,6 @@ _ACTIVATIONS: dict[Any, str] = {
     torch.tanh: "tanh", torch.tanh_: "tanh", F.tanh: "tanh", "tanh": "tanh", "tanh_": "tanh",
     F.gelu: "gelu",
 }  # fmt: skip
-_NAMES = {"hardtanh": ("input", "min_val", "max_val"), "leaky_relu": ("input", "negative_slope")}
 _SUMS = frozenset([operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__"])
 _IN_PLACE = frozenset(["relu_", "sigmoid_", "tanh_", "add_", "__iadd__"])
 _IN_PLACE_FUNCTIONS = frozenset(
@@ -95,7 +91,7 @@ def norm(node: fx.Node) -> Norm | None:
 
 
 def _of_torch(node: fx.Node) -> Norm:
-    given = arguments(node, _TORCH_BATCH_NORM if node.target is torch.batch_norm else ())
+    given = arguments(node)
     mean, var, gamma, beta = (given.get(k) for k in ("running_mean", "running_var", "weight", "bias"))
     training, momentum, eps = given.get("training", False), given.get("momentum", 0.1), given.get("eps", 1e-5)
     vectors = (mean, var, gamma, beta)
@@ -172,9 +168,7 @@ def activation(node: fx.Node) -> str | None:
     name = _ACTIVATIONS.get(node.target)
     if name is None:
         return None
-    given = arguments(
-        node, _NAMES.get(name, ()) if node.target in (F.hardtanh_, F.leaky_relu, F.leaky_relu_) else ()
-    )
+    given = arguments(node)
     if name == "hardtanh":
         low, high = given.get("min_val", -1.0), given.get("max_val", 1.0)
         return "relu6" if (low, high) == (0, 6) else None

@@ -6,6 +6,7 @@ Everything is computed in float64 and cast back once.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.network.compare import Answers, compared, repeats
+from batchnorm.network.inputs import copied
 from batchnorm.network.values.activations import ACTIVATIONS
 from batchnorm.network.values.find import Unproven
 from batchnorm.network.values.modules import TRANSPOSED
 
 _OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 _KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *_OURS)
+
+
+Change = Callable[[Any, "Affine"], None]
+"""How a layer takes a norm in."""
 
 
 @dataclass
@@ -345,45 +352,45 @@ def fold_into_norm(first: Any, affine: Affine) -> None:
     first.bias.copy_(wide(first.bias).to(scale.device) * scale + shift)
 
 
-def agrees_locally(before: nn.Module, layer: nn.Module, affine: Affine, *, after: bool) -> bool:
-    """Whether a folded layer alone does what layer and norm did, on random numbers in float64.
+def agrees_on_trial(layer: nn.Module, affine: Affine, change: Change, *, after: bool) -> bool:
+    """Whether a layer with a forward of its own does what a change of its weights says; by trial, in float64.
 
     Parameters
     ----------
-    before : torch.nn.Module
-        The layer as it was.
     layer : torch.nn.Module
-        The folded layer.
+        Not changed.
     affine : Affine
-        The norm that went in.
+        The norm that is to go in.
+    change : callable
+        :func:`fold_into_before` or :func:`fold_into_after`.
     after : bool
-        True when the norm stood in front of the layer.
+        True when the norm stands in front of the layer.
 
     Returns
     -------
     bool
-        To the rounding of the layer's dtype.
+        False also where it fails on the trial.
     """
-    old: Any = copy.deepcopy(before).to("cpu", torch.float64).eval()
-    new: Any = copy.deepcopy(layer).to("cpu", torch.float64).eval()
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(layer, nn.Linear):
-        shape: tuple[int, ...] = (4, channels_in(layer))
-    else:
-        kernel = [(k - 1) * d + 3 for k, d in zip(old.kernel_size, old.dilation, strict=True)]
-        shape = (2, channels_in(layer), *kernel)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    column = (1, -1, *[1] * (x.dim() - 2))
-    scale, shift = affine.scale.cpu().view(column), affine.shift.cpu().view(column)
-    with torch.no_grad():
-        expected = old(x * scale + shift) if after else old(x) * scale + shift
-        found = new(x)
-    weight: Any = layer.weight
-    allowed = (
-        64
-        * torch.finfo(weight.dtype).eps
-        * max(float(expected.abs().max()), float(affine.shift.abs().max()), 1e-30)
+    given: Any = copied(layer).to("cpu", torch.float64).eval()
+    changed = copied(given)
+    change(changed, affine)
+    # an image just larger than the kernel; of a Linear, none
+    space = [
+        (k - 1) * d + 3
+        for k, d in zip(*(getattr(given, n, ()) for n in ("kernel_size", "dilation")), strict=True)
+    ]
+    x = torch.randn(
+        4, channels_in(layer), *space, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    # cancellation inside a sum is bounded by the sum of magnitudes, not by the result
-    allowed *= max(1.0, float(weight[0].numel()) ** 0.5)
-    return bool((found - expected).abs().max() <= allowed)
+    scale, shift = (v.cpu().view(1, -1, *[1] * len(space)) for v in (affine.scale, affine.shift))
+
+    @torch.no_grad()
+    def ask(network: nn.Module, x: Tensor) -> Answers:
+        return {"its output": network(x * scale + shift) if after else network(x) * scale + shift}
+
+    try:
+        with torch.no_grad():
+            found = {"its output": changed(x)}
+        return compared(ask(given, x), found, repeats(given, x, ask)).right is True
+    except Exception:  # a forward of somebody else may raise anything
+        return False

@@ -104,13 +104,6 @@ def fold(
     model = to_change(model, "fold", inplace)
     chosen = chooser(where, "fold")
     check_forward(forward, "fold")
-    lazy = [p for p, m in model.named_modules() if isinstance(m, nn.modules.lazy.LazyModuleMixin)]
-    if lazy:
-        raise ArgumentError(
-            "fold: the network has lazy layers, whose sizes are not known yet.",
-            mend="run it on one batch first.",
-            at=lazy[0],
-        )
     # looked at is a copy: another thread may be serving the given network
     before = copied(model)
     flow = (

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.network.fold.affine import (
     Affine,
+    Change,
     affine_of,
-    agrees_locally,
+    agrees_on_trial,
     channels_in,
     channels_out,
     exact_after,
@@ -126,7 +125,7 @@ class Folding:
 
     # -- the three ways ---------------------------------------------------------------------------------
     def _before(self, norm: nn.Module) -> None:
-        affine, layer = self.affines[id(norm)], self._layer_in_front(norm)
+        affine, layer = self.affines[id(norm)], self._neighbour(norm, front=True)
         self._check_layer(layer, own=False)
         if channels_out(layer) != affine.scale.numel():
             raise Unproven(
@@ -154,40 +153,36 @@ class Folding:
             rest = FoldedNorm() if _is_identity(rest) else nn.Sequential(FoldedNorm(), rest)
         self._replace(norm, rest)
 
-    def _layer_in_front(self, norm: nn.Module) -> nn.Module:
+    def _neighbour(self, norm: nn.Module, *, front: bool) -> nn.Module:
+        """The one layer that makes what a norm reads, or reads what it makes, in every call of it."""
         found: nn.Module | None = None
         for call in self.flow.calls(norm):
             if len(call.inputs) != 1:
                 raise Unproven("it is given a residual or a mask besides its input")
-            maker = self._maker(call, Axis.MOVES)
-            if maker is None:
+            other = self._maker(call, Axis.MOVES) if front else self._reader(call)
+            if other is None:
                 raise Unproven("no layer is seen in front of it")
-            if maker.module is None or not is_layer(maker.module):
+            module = other.module
+            if module is None or not is_layer(module):
+                what = f"{other.op} {other.path if module is not None else ''}".strip()
                 raise Unproven(
-                    f"it follows {maker.op} {maker.path if maker.module is not None else ''}".strip()
+                    f"it follows {what}"
+                    if front
+                    else f"{what if module is None else other.path} stands behind it"
                 )
-            if found is not None and maker.module is not found:
+            if found not in (None, module):
+                pair = f"{self.flow.path(found)} and {self.flow.path(module)}"
                 raise Unproven(
-                    f"it is shared: it follows {self.flow.path(found)} and {self.flow.path(maker.module)}"
+                    f"it is shared: it follows {pair}" if front else f"it is shared: {pair} follow it"
                 )
-            found = maker.module
+            found = module
         assert found is not None
         return found
 
     def _after(self, norm: nn.Module) -> None:
         affine = self.affines[id(norm)]
-        layer: nn.Module | None = None
-        for call in self.flow.calls(norm):
-            if len(call.inputs) != 1:
-                raise Unproven("it is given a residual or a mask besides its input")
-            reader = self._reader(call)
-            if reader.module is None or not is_layer(reader.module) or not _is_identity(affine.tail):
-                what = reader.path if reader.module is not None else reader.op
-                raise Unproven(f"{what or reader.op} stands behind it" if _is_identity(affine.tail) else "")
-            if layer is not None and reader.module is not layer:
-                raise Unproven(f"it is shared: {self.flow.path(layer)} and {reader.path} follow it")
-            layer = reader.module
-        if layer is None:
+        layer = self._neighbour(norm, front=False)
+        if not _is_identity(affine.tail):
             return
         self._check_layer(layer, own=True)
         for call in self.flow.calls(layer):
@@ -217,44 +212,29 @@ class Folding:
         self._replace(norm, FoldedNorm() if guard else nn.Identity())
 
     def _into_norm(self, norm: nn.Module) -> None:
-        affine = self.affines[id(norm)]
-        first: nn.Module | None = None
+        affine, makers = self.affines[id(norm)], set[Any]()
         for call in self.flow.calls(norm):
             maker = self._maker(call) if len(call.inputs) == 1 else None
-            if (
-                maker is None
-                or maker.module is None
-                or id(maker.module) not in self.affines
-                or (first or maker.module) is not maker.module
-            ):
-                return
-            first = maker.module
-        if (
-            first is None
-            or id(first) in self.gone
-            or first is norm
-            or (not own_forward(first, (_BatchNorm,)) and not hasattr(first, "channel_dim"))
+            makers.add(maker.module if maker is not None else None)
+        first = makers.pop()
+        before = self.affines.get(id(first))
+        if not (
+            before is not None
+            and not makers
+            and first is not norm
+            and id(first) not in self.gone
+            and (own_forward(first, (_BatchNorm,)) or hasattr(first, "channel_dim"))
+            and all(first._parameters.get(name) is not None for name in ("weight", "bias"))
+            and _is_identity(before.tail)
+            and (before.channel_dim, before.scale.shape) == (affine.channel_dim, affine.scale.shape)
+            and all(self._reader(call).module is norm for call in self.flow.calls(first))
         ):
             return
-        before = self.affines[id(first)]
-        if (
-            not _is_identity(before.tail)
-            or first._parameters.get("weight") is None
-            or first._parameters.get("bias") is None
-        ):
-            return
-        if before.channel_dim != affine.channel_dim or before.scale.numel() != affine.scale.numel():
-            return
-        for call in self.flow.calls(first):
-            if self._reader(call).module is not norm:
-                return
         fold_into_norm(self.result.get_submodule(self.flow.path(first)), affine)
-        self.affines[id(first)] = Affine(
-            before.scale * affine.scale,
-            before.shift * affine.scale + affine.shift,
-            before.tail,
-            before.channel_dim,
+        joined = replace(
+            before, scale=before.scale * affine.scale, shift=before.shift * affine.scale + affine.shift
         )
+        self.affines[id(first)] = joined
         self._note(norm, first, "norm")
         self._replace(norm, affine.tail)
 
@@ -300,31 +280,15 @@ class Folding:
 
     # -- acts -------------------------------------------------------------------------------------------
     def _change(
-        self,
-        norm: nn.Module,
-        layer: nn.Module,
-        affine: Affine,
-        change: Callable[[Any, Affine], None],
-        *,
-        after: bool,
+        self, norm: nn.Module, layer: nn.Module, affine: Affine, change: Change, *, after: bool
     ) -> None:
         path = self.flow.path(layer)
-        target: Any = self.result.get_submodule(path)
-        check = not own_forward(layer, LAYERS)
-        before: Any = copy.deepcopy(target) if check else None
+        target = self.result.get_submodule(path)
+        if not own_forward(layer, LAYERS) and not agrees_on_trial(target, affine, change, after=after):
+            raise Unproven(
+                f"the forward of {path} ({type(layer).__name__}) is not one that scales with its weight"
+            )
         change(target, affine)
-        if check:
-            try:
-                agrees = agrees_locally(before, target, affine, after=after)
-            except Exception:
-                agrees = False
-            if not agrees:
-                with torch.no_grad():
-                    target.weight.copy_(before.weight)
-                target.bias = before.bias
-                raise Unproven(
-                    f"the forward of {path} ({type(layer).__name__}) is not one that scales with its weight"
-                )
         self._note(norm, layer, "after" if after else "before")
 
     def _note(self, norm: nn.Module, target: nn.Module, way: str) -> None:

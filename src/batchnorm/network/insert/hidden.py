@@ -9,7 +9,8 @@ from torch import nn
 from batchnorm.network.values import operations
 from batchnorm.network.values.activations import NONLINEAR_MODULES
 from batchnorm.network.values.find import Flow, Unproven
-from batchnorm.network.values.modules import LAYERS, is_norm
+from batchnorm.network.values.modules import LAYERS
+from batchnorm.network.values.norms import is_norm
 from batchnorm.network.values.values import Call, Value
 
 _THROUGH_MODULES = ("pooling", "padding", "upsampling", "pixelshuffle", "flatten", "dropout", "linear")

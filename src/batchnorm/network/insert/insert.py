@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, DataError, TraceError, VerificationError
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.network.compare import apart, epsilon, tensors_in
+from batchnorm.network.compare import Answers, Finding, compared, kept, named, repeats
 from batchnorm.network.inputs import (
     Forward,
     batches_of,
@@ -20,6 +20,7 @@ from batchnorm.network.inputs import (
     move_to,
     own,
     run,
+    run_each,
     single_device,
 )
 from batchnorm.network.insert.hidden import Verdict, ends_residual_branch, judge
@@ -135,7 +136,7 @@ def insert(
     True
     """
     given = to_change(model, _TOOL, inplace)
-    _check(given, data, zero_init_residual, eps, momentum)
+    _check(data, zero_init_residual, eps, momentum)
     check_forward(forward, _TOOL)
     # looked at is a copy: another thread may be serving the given network
     model = copied(given)
@@ -177,14 +178,7 @@ def insert(
         return write_record(result, told)
 
 
-def _check(model: nn.Module, data: Any, zero_init_residual: bool, eps: float, momentum: float | None) -> None:
-    lazy = [p for p, m in model.named_modules() if isinstance(m, nn.modules.lazy.LazyModuleMixin)]
-    if lazy:
-        raise ArgumentError(
-            "insert: the network has lazy layers, whose sizes are not known yet.",
-            mend="run it on one batch first.",
-            at=lazy[0],
-        )
+def _check(data: Any, zero_init_residual: bool, eps: float, momentum: float | None) -> None:
     if zero_init_residual and data is not None:
         raise ArgumentError(
             "insert: zero_init_residual=True and data= are both given.",
@@ -302,27 +296,20 @@ def _measure(
     pooled: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def hook(path: str) -> Callable[..., None]:
-        def take(layer: nn.Module, args: Any, output: Tensor) -> None:
+        def take(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             fresh = moments(output.detach(), -1 if _axes(layer) is None else 1)
             if int(fresh[0].max()) > 0:
                 pooled[path] = merge(*pooled[path], *fresh) if path in pooled else fresh
 
         return take
 
-    device = single_device(model)
     end = Undo(always=True)
     with end, end:
         for path in paths:
             hook_after(end, model.get_submodule(path), hook(path))
         set_modes(end, model, False)
         stop_gradients(end)
-        for batch in watched(batches, "keeping the function", progress):
-            run(model, batch if forward else move_to(batch, device), _TOOL, forward)
-        _check_finite(pooled)
-    return pooled
-
-
-def _check_finite(pooled: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+        run_each(model, watched(batches, "keeping the function", progress), _TOOL, forward)
     for path, (_, mean, m2) in pooled.items():
         if not bool(torch.isfinite(mean).all() and torch.isfinite(m2).all()):
             raise DataError(
@@ -330,6 +317,7 @@ def _check_finite(pooled: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
                 why="its mean and variance would be NaN.",
                 at=path,
             )
+    return pooled
 
 
 @torch.no_grad()
@@ -350,11 +338,21 @@ def _preserve(pair: nn.Module, original: nn.Module, count: Tensor, mean: Tensor,
 
 def _verify(model: nn.Module, result: nn.Module, example: Any, forward: Forward, *, same: bool) -> None:
     state = torch.get_rng_state()
+
+    def ask(network: nn.Module, x: Any) -> Answers:
+        torch.set_rng_state(state)
+        with torch.no_grad(), modes(network, False):
+            return named(kept(run(network, own(x), _TOOL, forward)))
+
     try:
-        with torch.no_grad(), modes(model, False), modes(result, False):
-            before = list(tensors_in(run(model, own(example), _TOOL, forward)))
-            torch.set_rng_state(state)
-            after = list(tensors_in(run(result, own(example), _TOOL, forward)))
+        before, after = ask(model, example), ask(result, example)
+        if same:
+            found = compared(before, after, repeats(model, example, ask))
+        else:
+            shapes = [
+                [(place, getattr(x, "shape", None)) for place, x in run.items()] for run in (before, after)
+            ]
+            found = Finding(shapes[0] == shapes[1], where="the shape of the answer")
     except Exception as error:
         raise VerificationError(
             f"insert: the normalized network fails on the example: {type(error).__name__}: {error}",
@@ -363,12 +361,9 @@ def _verify(model: nn.Module, result: nn.Module, example: Any, forward: Forward,
         ) from error
     finally:
         torch.set_rng_state(state)
-    numbers = [(a, b) for a, b in zip(before, after, strict=False) if epsilon(a) is not None]
-    off = max((apart(a, b) for a, b in numbers), default=0.0) if same else 0.0
-    allowed = 2e3 * max((epsilon(a) or 0.0 for a, _ in numbers), default=0.0)
-    if [t.shape for t in before] != [t.shape for t in after] or off > allowed:
+    if found.right is False:
         raise VerificationError(
-            f"insert: the normalized network does not answer as the given one: relative difference {off:.3g}.",
+            f"insert: the normalized network does not answer as the given one, {found}.",
             why="data= promises the same answers, and a norm never changes a shape.",
             mend="report the network; insert without data= and train it meanwhile.",
         )

@@ -91,16 +91,13 @@ def ours_for(cls: Any, first: type = Adopted) -> type[nn.Module]:
     }
     if _is_parametrized(cls):
         # torch undoes a parametrization by going to the first base
-        return type(cls.__name__, (ours_for(cls.__bases__[0]),), {**_own_namespace(cls), **namespace})
+        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        return type(cls.__name__, (ours_for(cls.__bases__[0]),), {**own, **namespace})
     return type(cls.__name__, (first, cls, OURS[base]), namespace)
 
 
 def _is_parametrized(cls: type) -> bool:
     return cls.__name__.startswith("Parametrized") and len(cls.__bases__) == 1 and "__deepcopy__" in vars(cls)
-
-
-def _own_namespace(cls: type) -> dict[str, Any]:
-    return {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
 
 
 def become_ours(layer: _BatchNorm) -> str:

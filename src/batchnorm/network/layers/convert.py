@@ -11,40 +11,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import Layer
-from batchnorm.network.inputs import Forward, check_forward, copied, own, run
+from batchnorm.network.inputs import Forward, check_forward, own, run_each, target
 from batchnorm.network.layers.adopt import OURS, TORCH, become_ours, become_torch, torch_base, why_not_plain
 from batchnorm.network.layers.frozen import FrozenBatchNorm
-from batchnorm.network.model import Where, check_model, check_number, chooser, unwrapped
-from batchnorm.network.record import ATTRIBUTE, Record, write_record
-from batchnorm.network.undo import Undo, hook_before, keep_attribute, keep_modules, set_modes, stop_gradients
-from batchnorm.network.values.modules import CONVOLUTIONS, TRANSPOSED, is_frozen_lookalike
+from batchnorm.network.layers.one_by_one import Impossible, one_by_one
+from batchnorm.network.model import Where, check_number, chooser, unwrapped
+from batchnorm.network.undo import Undo, hook_before, set_modes, stop_gradients
+from batchnorm.network.values.modules import LAYERS
+from batchnorm.network.values.norms import is_frozen_lookalike
 
 Kind = Literal["batchnorm", "torch", "sync", "frozen", "group", "layer", "instance"]
 
 _TOOL = "convert"
 _BEFORE = "_converted_from"
-_PLAIN_TORCH = tuple(OURS)
+_BY_AXES = tuple(OURS)  # torch's layer for one axis of space, two and three
 _AFFINE = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
-_INSTANCE = {
-    nn.BatchNorm1d: nn.InstanceNorm1d,
-    nn.BatchNorm2d: nn.InstanceNorm2d,
-    nn.BatchNorm3d: nn.InstanceNorm3d,
-}
-_OF_AXES: dict[Any, type[nn.Module]] = {
-    2: nn.BatchNorm1d,
-    3: nn.BatchNorm1d,
-    4: nn.BatchNorm2d,
-    5: nn.BatchNorm3d,
-}
 # options of ours that say what to do in a case where torch's layer has no choice
 _OPTIONS = ("on_single_value", "on_nonfinite")
 _SMALL = "the statistics of a sample do not depend on how few others are in its batch"
-
-
-class _Impossible(Exception):
-    """A layer stays as it is; the text says why."""
 
 
 def convert(
@@ -120,47 +106,36 @@ def convert(
     if not isinstance(to, str) or to not in Kind.__args__:  # type: ignore[attr-defined]
         raise ArgumentError(f"convert: to={to!r} is unknown.", mend=f"one of {', '.join(Kind.__args__)}.")  # type: ignore[attr-defined]
     check_number(_TOOL, "groups", groups, "a positive whole number", lambda n: n >= 1 and n == int(n))
-    check_model(model, _TOOL)
-    model, chosen = model if inplace else copied(unwrapped(model)), chooser(where, _TOOL)
+    model, chosen = target(model, _TOOL, inplace), chooser(where, _TOOL)
     check_forward(forward, _TOOL)
-    told = Record(tool=_TOOL)
     layers = [
         (path, m)
-        for path, m in model.named_modules()
+        for path, m in unwrapped(model).named_modules()
         if (isinstance(m, _BatchNorm) or _is_frozen(m)) and chosen(path, m)
     ]
     axes = _axes_seen(model, [m for _, m in layers], example, forward)
-    undo = Undo()
-    with undo, undo:
-        for path, layer in layers:
-            kind = type(layer).__name__
-            one = Undo()
-            undo.add(one.back)
-            _keep(one, layer)
-            try:
-                detail = _convert(layer, to, _Finder(model, path, layer, axes), groups, process_group)
-            except _Impossible as why:
-                one.back()
-                told.leave(path, kind, str(why))
-            else:
-                if detail is not None:
-                    told.add(path, kind, "converted", detail)
-        keep_attribute(undo, model, ATTRIBUTE)
-        write_record(model, told)
-    return model
+
+    def change(path: str, layer: nn.Module, undo: Undo) -> str | None:
+        # a Parameter that a frozen layer keeps aside gets the layer's values back when it thaws
+        for parameter in layer.__dict__.get(_BEFORE, {}).get("parameters", {}).values():
+            if parameter is not None:
+                undo.add(partial(setattr, parameter, "data", parameter.data))
+        return _convert(layer, to, _Finder(unwrapped(model), path, layer, axes), groups, process_group)
+
+    return one_by_one(model, layers, change, _TOOL, "converted")
 
 
 def _convert(layer: nn.Module, to: str, finder: _Finder, groups: int, process_group: Any) -> str | None:
     """Convert one layer in place; None when it is of that kind already."""
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-        raise _Impossible("lazy: it has no channels before its first batch")
+        raise Impossible("lazy: it has no channels before its first batch")
     if to == "frozen":
         return _freeze(layer)
     if to == "sync" and isinstance(layer, nn.SyncBatchNorm):
         return None
     if _is_frozen(layer):
         if to in ("group", "layer", "instance"):
-            raise _Impossible("frozen layers are not trained: thaw it first with to='batchnorm'")
+            raise Impossible("frozen layers are not trained: thaw it first with to='batchnorm'")
         _thaw(layer, finder)
     if isinstance(layer, nn.SyncBatchNorm):
         _desync(layer, finder)
@@ -173,8 +148,8 @@ def _convert(layer: nn.Module, to: str, finder: _Finder, groups: int, process_gr
     if to in ("batchnorm", "torch"):
         same = type(layer) is finder.before
         return None if same else f"{type(layer).__module__.split('.')[0]} {type(layer).__name__}"
-    if type(layer) not in _PLAIN_TORCH:
-        raise _Impossible(f"its class {type(layer).__name__} does more than batch norm, which would be lost")
+    if type(layer) not in _BY_AXES:
+        raise Impossible(f"its class {type(layer).__name__} does more than batch norm, which would be lost")
     if to == "sync":
         layer.__dict__[_BEFORE] = {"class": type(layer), "options": finder.options}
         layer.__class__ = nn.SyncBatchNorm
@@ -185,7 +160,7 @@ def _convert(layer: nn.Module, to: str, finder: _Finder, groups: int, process_gr
 
 def _or_impossible(reason: str) -> None:
     if reason:
-        raise _Impossible(reason)
+        raise Impossible(reason)
 
 
 # -- synchronized --------------------------------------------------------------------------------------------
@@ -206,12 +181,12 @@ def _freeze(layer: Any) -> str | None:
     if _is_frozen(layer):
         return None
     if layer.running_mean is None or layer.running_var is None:
-        raise _Impossible("it keeps no statistics that could be frozen")
+        raise Impossible("it keeps no statistics that could be frozen")
     if "domains" in layer._modules:
-        raise _Impossible("it keeps the statistics of several domains")
+        raise Impossible("it keeps the statistics of several domains")
     cls = type(layer)
-    if not (cls in _PLAIN_TORCH or cls in TORCH or cls is nn.SyncBatchNorm):
-        raise _Impossible(f"its class {cls.__name__} does more than batch norm, which would be lost")
+    if not (cls in _BY_AXES or cls in TORCH or cls is nn.SyncBatchNorm):
+        raise Impossible(f"its class {cls.__name__} does more than batch norm, which would be lost")
     before = layer.__dict__.pop(_BEFORE, {})
     kept = {name: layer._buffers.pop(name) for name in (_COUNTER,) if name in layer._buffers}
     parameters = {name: layer._parameters.pop(name) for name in _AFFINE}
@@ -249,12 +224,16 @@ def _thaw(layer: Any, finder: _Finder) -> None:
     for name in _AFFINE:
         layer._parameters[name] = nn.Parameter(layer._buffers.pop(name))
     fresh = base(layer.running_mean.numel(), eps, device=layer.running_mean.device)
-    for name, value in fresh.__dict__.items():
-        if not name.startswith("_") and name != "training":
-            layer.__dict__[name] = value
+    _become(layer, fresh)
     layer._buffers["num_batches_tracked"] = fresh.num_batches_tracked
     layer.__dict__[_BEFORE] = {"frozen": foreign}
-    layer.__class__ = base
+
+
+def _become(layer: nn.Module, fresh: nn.Module) -> None:
+    """Take on the class and the settings of a fresh layer."""
+    settings = {k: v for k, v in fresh.__dict__.items() if not k.startswith("_") and k != "training"}
+    layer.__dict__.update(settings)
+    layer.__class__ = type(fresh)
 
 
 def _eps_of(layer: Any) -> float:
@@ -266,7 +245,7 @@ def _eps_of(layer: Any) -> float:
         try:
             out = layer(z.clone())
         except Exception as error:
-            raise _Impossible(
+            raise Impossible(
                 f"its class {type(layer).__name__} does not take (N, C, H, W): {error}"
             ) from error
         for eps in (getattr(layer, "eps", 1e-5), 1e-5, 1e-3, 1e-6, 1e-12, 0.0):
@@ -275,7 +254,7 @@ def _eps_of(layer: Any) -> float:
             wanted = wanted + given["bias"].view(1, -1, 1, 1)
             if isinstance(out, Tensor) and torch.allclose(out, wanted, rtol=1e-5, atol=1e-6):
                 return float(eps)
-    raise _Impossible(f"its class {type(layer).__name__} computes something else than batch norm")
+    raise Impossible(f"its class {type(layer).__name__} computes something else than batch norm")
 
 
 # -- for small batches ---------------------------------------------------------------------------------------
@@ -285,8 +264,9 @@ def _small_batch(layer: nn.Module, to: str, groups: int, finder: _Finder) -> str
     base, channels, affine = torch_base(type(layer)), int(layer.num_features), bool(layer.affine)  # type: ignore[arg-type]
     if to == "instance":
         if finder.axes == 2:
-            raise _Impossible("it normalizes (N, C): one value per channel and sample has no variance")
-        made: nn.Module = _INSTANCE[base](channels, layer.eps, affine=affine)  # type: ignore[index, arg-type]
+            raise Impossible("it normalizes (N, C): one value per channel and sample has no variance")
+        kind = getattr(nn, base.__name__.replace("Batch", "Instance"))  # type: ignore[union-attr]
+        made: nn.Module = kind(channels, layer.eps, affine=affine)
         said = f"{type(made).__name__}: {_SMALL}"
     else:
         most = max(1, min(groups, channels // 2)) if to == "group" else 1
@@ -298,10 +278,7 @@ def _small_batch(layer: nn.Module, to: str, groups: int, finder: _Finder) -> str
     for name in (*_STATISTICS, _COUNTER):
         layer._buffers.pop(name, None)
     layer._buffers.update(made._buffers)
-    for name, value in made.__dict__.items():
-        if not name.startswith("_") and name != "training":
-            layer.__dict__[name] = value
-    layer.__class__ = type(made)
+    _become(layer, made)
     return said
 
 
@@ -316,22 +293,21 @@ class _Finder:
 
     def batch_norm_class(self) -> type[nn.Module]:
         """BatchNorm1d, 2d or 3d of torch, from a run, the class's name, or the layer before."""
-        if self.axes in _OF_AXES:
-            return _OF_AXES[self.axes]
-        for digit, cls in (("1d", nn.BatchNorm1d), ("2d", nn.BatchNorm2d), ("3d", nn.BatchNorm3d)):
-            if self.before.__name__.lower().endswith(digit):
+        if self.axes is not None and 2 <= self.axes <= 5:
+            return _BY_AXES[max(self.axes - 3, 0)]
+        for cls in _BY_AXES:
+            if self.before.__name__.lower().endswith(cls.__name__[-2:]):
                 return cls
         holder = self.model.get_submodule(self.path.rpartition(".")[0])
         previous: Any = None
         for child in holder.children():
             if child is self.layer:
                 break
-            previous = child if isinstance(child, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)) else previous
+            previous = child if isinstance(child, LAYERS) else previous
         channels = getattr(previous, "out_channels", getattr(previous, "out_features", None))
         if previous is not None and channels == self.layer.running_mean.numel():
-            weight = previous.weight
-            return _OF_AXES[weight.ndim]
-        raise _Impossible(
+            return _BY_AXES[max(previous.weight.ndim - 3, 0)]
+        raise Impossible(
             "it does not say whether it is 1d, 2d or 3d: pass example=, one input of the network"
         )
 
@@ -352,14 +328,5 @@ def _axes_seen(model: nn.Module, layers: list[nn.Module], example: Any, forward:
         for layer in layers:
             hook_before(end, layer, look)
         stop_gradients(end)
-        run(model, own(example), _TOOL, forward)
+        run_each(model, [own(example)], _TOOL, forward)
     return seen
-
-
-def _keep(undo: Undo, layer: nn.Module) -> None:
-    keep_modules(undo, [layer])
-    # a Parameter that a frozen layer keeps aside gets the layer's values back when it thaws
-    aside = layer.__dict__.get(_BEFORE, {}).get("parameters", {}).values()
-    for parameter in aside:
-        if parameter is not None:
-            undo.add(partial(setattr, parameter, "data", parameter.data))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, DataError, ShapeError
-from batchnorm.network.inputs import copied
+from batchnorm.network.inputs import target
 from batchnorm.network.layers.foreign_order import in_order
-from batchnorm.network.model import check_model, check_number, unwrapped
+from batchnorm.network.model import check_number, unwrapped
 from batchnorm.network.record import Record, write_record
 from batchnorm.network.undo import Undo, keep_modules, keep_values, write_together
 
@@ -95,8 +95,8 @@ def load_keras(
     >>> layer.eps, round(layer.momentum, 3)
     (0.001, 0.01)
     """
-    _check(model, momentum, epsilon, names, "load_keras")
-    model = model if inplace else copied(unwrapped(model))
+    model = target(model, "load_keras", inplace)
+    _check(momentum, epsilon, names, "load_keras")
     if isinstance(weights, (list, tuple)):
         if not isinstance(model, _BatchNorm):
             raise ArgumentError(
@@ -174,8 +174,8 @@ def load_flax(
     >>> layer.running_mean.tolist()
     [1.0, 1.0]
     """
-    _check(model, momentum, epsilon, names, "load_flax")
-    model = model if inplace else copied(unwrapped(model))
+    model = target(model, "load_flax", inplace)
+    _check(momentum, epsilon, names, "load_flax")
     if not isinstance(_checked(variables, "load_flax", "variables").get("batch_stats"), Mapping):
         raise DataError(
             "load_flax: variables has no 'batch_stats'.",
@@ -189,8 +189,7 @@ def load_flax(
     return _load(model, groups, momentum, epsilon, names, "load_flax")
 
 
-def _check(model: Any, momentum: Any, epsilon: Any, names: Any, who: str) -> None:
-    check_model(model, who)
+def _check(momentum: Any, epsilon: Any, names: Any, who: str) -> None:
     share = "it is a share of the old value."
     check_number(who, "momentum", momentum, "in [0, 1]", lambda kept: 0 <= kept <= 1, share)
     variance = "a channel may have variance 0."
@@ -281,7 +280,7 @@ def _load(
     ]
     told, undo = Record(tool=who), Undo()
     with undo, undo:
-        keep_modules(undo, [model, *(layer for _, layer, _ in planned)])
+        keep_modules(undo, [unwrapped(model), *(layer for _, layer, _ in planned)])
         _write(planned, undo, momentum, epsilon, told, who)
         write_record(model, told)
     return model
@@ -313,7 +312,7 @@ def _write(planned: _Plan, undo: Undo, momentum: float, epsilon: float, told: Re
 def _pair(
     model: nn.Module, groups: dict[str, dict[str, Any]], names: Names, who: str
 ) -> dict[str, tuple[str, _BatchNorm]]:
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    layers = {path: m for path, m in unwrapped(model).named_modules() if isinstance(m, _BatchNorm)}
     if names == "order":
         if len(layers) != len(groups):
             raise ArgumentError(

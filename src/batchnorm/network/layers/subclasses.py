@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.network.compare import Answers, compared, repeats
+from batchnorm.network.inputs import copied
 from batchnorm.network.layers.adopt import Adopted, ours_for, take_on, torch_base
 from batchnorm.network.values.activations import activation_name
 from batchnorm.network.values.modules import has_hooks
+from batchnorm.network.values.norms import likeness
 
 # a trial input: where the channels may be, in 2 to 5 axes
 _TRIAL_SHAPES = ((6, 0), (6, 0, 5), (6, 5, 0), (6, 0, 3, 2), (6, 3, 2, 0), (6, 0, 2, 2, 2), (6, 2, 2, 2, 0))
@@ -87,7 +90,7 @@ def _understand(layer: _BatchNorm, cls: type[nn.Module]) -> tuple[str, bool]:
     Two readings are tried on copies: the forward calls ``super().forward``, so that it may stay as it is;
     or it spells batch norm out, and then applies the layer's own children in order.
     """
-    key = _likeness(layer)
+    key = likeness(layer)
     if key in _UNDERSTOOD:
         return "", _UNDERSTOOD[key]
     for then_children in (False, True) if layer._modules else (False,):
@@ -107,62 +110,40 @@ def _understand(layer: _BatchNorm, cls: type[nn.Module]) -> tuple[str, bool]:
 _UNDERSTOOD: dict[tuple[Any, ...], bool] = {}
 
 
-def _likeness(layer: nn.Module) -> tuple[Any, ...]:
-    """What a layer's forward may depend on, but for the number of channels."""
-    plain = {k: v for k, v in layer.__dict__.items() if isinstance(v, (bool, int, float, str, type(None)))}
-    for name in ("num_features", "training"):
-        plain.pop(name, None)
-    present = tuple(
-        k for table in (layer._parameters, layer._buffers) for k, v in table.items() if v is not None
-    )
-    children = tuple((name, type(child), repr(child)) for name, child in layer._modules.items())
-    return (type(layer), tuple(sorted(plain.items(), key=str)), present, children)
-
-
 def _same_on_trial(
     layer: _BatchNorm, made: type[nn.Module], shape: tuple[int, ...], training: bool
 ) -> bool | None:
     """Whether ours gives the same output, gradient and statistics; None where theirs refuses the shape."""
     theirs, ours = _bare_copy(layer), _bare_copy(layer)
-    counter = _Counter()
-    take_on(ours, type("Trial", (made,), {"_forward": counter.around(made)}))
+    inner: Any = made._forward  # type: ignore[attr-defined]
+    calls: list[nn.Module] = []
+
+    def counted(layer: nn.Module, *args: Any) -> Any:
+        calls.append(layer)
+        return inner(layer, *args)
+
+    take_on(ours, type("Trial", (made,), {"_forward": counted}))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn([n or layer.num_features for n in shape], generator=generator) * 2 + 0.5
-    results: list[tuple[Any, ...]] = []
-    for model in (theirs, ours):
+
+    def ask(model: nn.Module, x: Tensor) -> Answers:
         model.train(training)
-        try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                torch.manual_seed(0)
-                entered = x.clone().requires_grad_()
-                out = model(entered * 1)
-                weights = torch.linspace(-1, 1, out.numel()).view_as(out)
-                (grad,) = torch.autograd.grad((out * weights).sum(), entered)
-        except Exception:
-            # a foreign forward may raise anything
-            return None if model is theirs else False
-        results.append((out, grad, model.running_mean, model.running_var, model.num_batches_tracked))
-    if not counter.calls:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(0)
+            entered = x.clone().requires_grad_()
+            out = model(entered * 1)
+            weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+            (gradient,) = torch.autograd.grad((out * weights).sum(), entered)
+        return {"output": out.detach(), "gradient": gradient, **dict(model.named_buffers())}
+
+    try:
+        given = ask(copied(theirs), x)
+    except Exception:  # a foreign forward may raise anything
+        return None
+    try:
+        return bool(compared(given, ask(ours, x), repeats(theirs, x, ask)).right and calls)
+    except Exception:
         return False
-    return all(
-        (a is None) == (b is None)
-        and (a is None or torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5))
-        for a, b in zip(*results, strict=True)
-    )
-
-
-class _Counter:
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def around(self, made: type[nn.Module]) -> Any:
-        inner: Any = made._forward  # type: ignore[attr-defined]
-
-        def counted(layer: nn.Module, *args: Any) -> Any:
-            self.calls += 1
-            return inner(layer, *args)
-
-        return counted
 
 
 def _bare_copy(layer: _BatchNorm) -> _BatchNorm:

@@ -12,12 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.distributed.groups import WORLD, Names, initialised, names_of, timeout_of
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import BatchNorm2d, Layer
-from batchnorm.network.inputs import copied
-from batchnorm.network.layers.adopt import become_ours, become_torch
+from batchnorm.network.inputs import target
+from batchnorm.network.layers.adopt import become_ours, become_torch, take_on
+from batchnorm.network.layers.one_by_one import Impossible, one_by_one
 from batchnorm.network.layers.subclasses import adopt_subclass
-from batchnorm.network.model import Where, check_model, chooser, unwrapped
-from batchnorm.network.record import ATTRIBUTE, Record, write_record
-from batchnorm.network.undo import Undo, keep_attribute, keep_modules
+from batchnorm.network.model import Where, chooser, unwrapped
+from batchnorm.network.record import Record, write_record
+from batchnorm.network.undo import Undo, keep_modules
 
 _TOOL = "synchronize"
 _BEFORE = "_before_synchronize"
@@ -26,10 +27,6 @@ _BEFORE = "_before_synchronize"
 class PooledBatchNorm(BatchNorm2d):
     __doc__ = """What a ``torch.nn.SyncBatchNorm`` becomes: of any number of axes, as that is."""
     _dimensions: tuple[int, ...] = (2, 3, 4, 5)  # type: ignore[assignment]
-
-
-class _Impossible(Exception):
-    """A layer stays as it is; the text says why."""
 
 
 def synchronize(
@@ -87,11 +84,10 @@ def synchronize(
     >>> type(batchnorm.desynchronize(model)[1]) is torch.nn.BatchNorm2d
     True
     """
-    check_model(model, _TOOL)
-    chosen, model = chooser(where, _TOOL), model if inplace else copied(unwrapped(model))
+    model, chosen = target(model, _TOOL, inplace), chooser(where, _TOOL)
     names = _own_group() if isinstance(group, str) and group == "own" else names_of(group)
-    told = Record()
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, _BatchNorm) and chosen(path, m)]
+    named = unwrapped(model).named_modules()
+    layers = [(path, m) for path, m in named if isinstance(m, _BatchNorm) and chosen(path, m)]
     for path, layer in layers:
         if getattr(layer, "virtual_batch_size", None) is not None:
             raise ArgumentError(
@@ -100,22 +96,11 @@ def synchronize(
                 mend="set virtual_batch_size=None; or leave this model unsynchronized.",
                 at=path,
             )
-    undo = Undo()
-    with undo, undo:
-        for path, layer in layers:
-            kind = type(layer).__name__
-            one = Undo()
-            undo.add(one.back)
-            keep_modules(one, [layer])
-            try:
-                over = _synchronize(path, layer, names, group is None)
-            except _Impossible as why:
-                one.back()
-                told.leave(path, kind, str(why), tool=_TOOL)
-            else:
-                told.add(path, kind, "synchronized", f"pools over {', '.join(over)}", tool=_TOOL)
-        keep_attribute(undo, model, ATTRIBUTE)
-        return write_record(model, told)
+
+    def change(path: str, layer: nn.Module, undo: Undo) -> str:
+        return f"pools over {', '.join(_synchronize(path, layer, names, group is None))}"
+
+    return one_by_one(model, layers, change, _TOOL, "synchronized")
 
 
 def desynchronize(model: nn.Module, *, inplace: bool = True) -> nn.Module:
@@ -146,27 +131,19 @@ def desynchronize(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     >>> type(batchnorm.desynchronize(model)[0]).__name__
     'SyncBatchNorm'
     """
-    check_model(model, "desynchronize")
-    model = model if inplace else copied(unwrapped(model))
-    told, undo = Record(), Undo()
+    model = target(model, "desynchronize", inplace)
+    told, undo = Record(tool="desynchronize"), Undo()
     with undo, undo:
         keep_modules(undo, list(model.modules()))
-        for path, layer in model.named_modules():
+        for path, layer in unwrapped(model).named_modules():
             if isinstance(layer, Layer) and layer.process_group is not None:
                 kind = type(layer).__name__
                 reason = _desynchronize(layer)
-                now = type(layer).__name__
-                told.add(
-                    path,
-                    kind,
-                    "desynchronized",
-                    now,
-                    f"stays ours: {reason}" if reason else "",
-                    tool="desynchronize",
-                )
+                why = f"stays ours: {reason}" if reason else ""
+                told.add(path, kind, "desynchronized", type(layer).__name__, why)
             elif isinstance(layer, nn.SyncBatchNorm):
                 why = "torch's own: convert(model, 'batchnorm') makes it one that does not pool"
-                told.leave(path, type(layer).__name__, why, tool="desynchronize")
+                told.leave(path, type(layer).__name__, why)
         return write_record(model, told)
 
 
@@ -184,37 +161,29 @@ def _own_group() -> Names:
 def _synchronize(path: str, layer: Any, names: Names, by_default: bool) -> Names:
     before: dict[str, Any] = layer.__dict__.get(_BEFORE, {})
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-        raise _Impossible("lazy: it has no channels before its first batch; run one, then synchronize")
+        raise Impossible("lazy: it has no channels before its first batch; run one, then synchronize")
     if isinstance(layer, Layer):
         before = before or {"group": layer.process_group, "path": layer.pooled_as, "class": None}
         if by_default and before.get("group") is not None and _BEFORE not in layer.__dict__:
             names = before["group"]
     elif isinstance(layer, nn.SyncBatchNorm):
         if type(layer) is not nn.SyncBatchNorm or "forward" in layer.__dict__:
-            raise _Impossible(
+            raise Impossible(
                 f"its class {type(layer).__name__} does more than batch norm, which would be lost"
             )
         own = layer.__dict__.pop("process_group")
         before = {"class": nn.SyncBatchNorm, "group": None, "path": "", "own": own}
         if by_default and own is not None:
             names = names_of(own)
-        _take_on_any(layer)
+        take_on(layer, PooledBatchNorm)
     else:
         before = {"class": type(layer), "group": None, "path": ""}
         reason = become_ours(layer)
         if reason and adopt_subclass(layer):
-            raise _Impossible(reason)
+            raise Impossible(reason)
     layer.__dict__[_BEFORE] = before
     layer.process_group, layer.pooled_as = names, path or type(layer).__name__
     return names
-
-
-def _take_on_any(layer: Any) -> None:
-    fresh = PooledBatchNorm.adopt(layer)
-    layer.__class__ = PooledBatchNorm
-    for name, value in fresh.__dict__.items():
-        layer.__dict__.setdefault(name, value)
-    layer.widen()
 
 
 def _desynchronize(layer: Any) -> str:
@@ -224,15 +193,12 @@ def _desynchronize(layer: Any) -> str:
         return ""
     if before["class"] is not nn.SyncBatchNorm:
         return become_torch(layer)
-    plain = nn.BatchNorm1d(1, device="meta")
     layer.__class__ = BatchNorm2d
     reason = become_torch(layer)
     if reason:
         layer.__class__ = PooledBatchNorm
         return reason
     layer.__class__ = nn.SyncBatchNorm
-    for name in set(layer.__dict__) & (set(BatchNorm2d(1, device="meta").__dict__) - set(plain.__dict__)):
-        del layer.__dict__[name]
     layer.process_group = before["own"]
     return ""
 

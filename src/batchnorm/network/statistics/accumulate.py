@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +74,7 @@ class accumulate:
                 layer.accumulator = Accumulator(layer.populations())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._end, self._end:
             if kind is None:
                 self._commit()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import ArgumentError, ShapeError
 from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.modules import Layer
-from batchnorm.network.inputs import Forward, check_forward, move_to, run, single_device, target
+from batchnorm.network.inputs import Forward, check_forward, run_each, target
 from batchnorm.network.model import Where, check_number, check_runs, chooser, unwrapped
 from batchnorm.network.record import Record, forget, write_record
 from batchnorm.network.statistics.meter import given, moments
@@ -153,7 +152,6 @@ class adapt:
         self._blenders = [_Blender(layer, prior) for layer in layers.values()]
         self._end = Undo(always=True)
         self._end.add(self.restore)
-        device = single_device(model)
         undo, end = Undo(), Undo(always=True)
         with undo, undo:
             undo.add(self.restore)
@@ -162,8 +160,7 @@ class adapt:
                 for blender in self._blenders:
                     hook_before(end, blender.layer, blender.observe)
                 stop_gradients(end)
-                with torch.compiler.set_stance("force_eager"):
-                    run(model, batch if forward else move_to(batch, device), "adapt", forward)
+                run_each(model, [batch], "adapt", forward)
             if not any(blender.samples for blender in self._blenders):
                 raise ShapeError(
                     "adapt: the batch holds no sample, or reaches no batch norm.",
@@ -186,11 +183,6 @@ class adapt:
     def __enter__(self) -> adapt:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._end, self._end:
             pass

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,7 +13,7 @@ from batchnorm import skips
 from batchnorm.domain import active_domain
 from batchnorm.errors import ArgumentError, DataError
 from batchnorm.modules import Layer
-from batchnorm.network.inputs import Forward, batches_of, check_forward, move_to, run, single_device, target
+from batchnorm.network.inputs import Forward, batches_of, check_forward, run_each, target
 from batchnorm.network.model import Where, check_number, check_runs, chooser, unwrapped
 from batchnorm.network.progress import watched
 from batchnorm.network.ranks.shards import Shards
@@ -159,10 +158,9 @@ def calibrate(
             shards = Shards(list[Any](meters.values()), group)
             with measured, measured:
                 _measure(measured, model, meters)
-                # a compiled module does not see hooks that are younger than its graph
-                with torch.compiler.set_stance("force_eager"):
-                    stream = shards.stream(batches_of(data, "calibrate"))
-                    batches = _run(model, watched(stream, "calibrate", progress and shards.first), forward)
+                stream = shards.stream(batches_of(data, "calibrate"))
+                shown = watched(stream, "calibrate", progress and shards.first)
+                batches = run_each(model, shown, "calibrate", forward)
             if not shards.merge(batches):
                 raise DataError(
                     "calibrate: the data holds no batch.",
@@ -178,7 +176,7 @@ def calibrate(
             if not meters[layer].calls:
                 _forget(layer, str(active_domain()))
         buffers, values = [buffer for buffer, _ in found], [value for _, value in found]
-        keep_attribute(undo, model, ATTRIBUTE)
+        keep_attribute(undo, unwrapped(model), ATTRIBUTE)
         keep_values(undo, buffers)
         write_record(model, told)
         write_together(buffers, values)
@@ -186,16 +184,6 @@ def calibrate(
         if meter.calls:
             skips.forget(meter.mean_buffer)
     return model
-
-
-def _run(model: nn.Module, batches: Iterable[Any], forward: Forward | None) -> int:
-    """Run the model on every batch; give their number."""
-    device, number = single_device(model), 0
-    for batch in batches:
-        # a forward of the caller's may want the batch as the loader gave it
-        run(model, batch if forward else move_to(batch, device), "calibrate", forward)
-        number += 1
-    return number
 
 
 def _meters(

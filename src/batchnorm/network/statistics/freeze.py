@@ -124,7 +124,7 @@ def _hold(
                 )
     what = " and ".join(["statistics"] * statistics + ["gamma and beta"] * affine)
     with undo, undo:
-        keep_modules(undo, [model, *layers.values()])
+        keep_modules(undo, [unwrapped(model), *layers.values()])
         for path, layer in layers.items():
             for parameter in layer.parameters():
                 undo.add(partial(parameter.requires_grad_, parameter.requires_grad))

@@ -21,7 +21,7 @@ from batchnorm.errors import BatchNormError, TraceError
 from batchnorm.network.compare import tensors_in
 from batchnorm.network.inputs import Forward, run
 from batchnorm.network.made_up import guesses
-from batchnorm.network.values.modules import is_batch_norm
+from batchnorm.network.values.norms import is_batch_norm
 from batchnorm.network.values.observe import watch
 from batchnorm.network.values.values import Call, Value, View
 

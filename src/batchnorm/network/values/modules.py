@@ -1,29 +1,13 @@
-"""What a module is, for the flow of values: a layer, a norm, a leaf, a dropout."""
+"""What a module is, for the flow of values: a layer, a leaf, a dropout."""
 
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
+from batchnorm.network.values.norms import is_norm
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
-
-
-OTHER_NORMS = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.RMSNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
-
-
-_STATISTICS = ("running_mean", "running_var")
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -40,69 +24,6 @@ def is_layer(module: nn.Module) -> bool:
         True for a layer.
     """
     return isinstance(module, LAYERS) and not isinstance(module, nn.modules.lazy.LazyModuleMixin)
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm: torch's, ours, or a frozen lookalike of another library.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Any module. A lookalike is a childless module with ``weight``, ``bias``, ``running_mean`` and
-        ``running_var`` of one length, which is how the ``FrozenBatchNorm2d`` of detection libraries is made.
-
-    Returns
-    -------
-    bool
-        True for a batch norm.
-    """
-    if isinstance(module, _BatchNorm):
-        return not isinstance(module, nn.modules.lazy.LazyModuleMixin)
-    return is_frozen_lookalike(module)
-
-
-def is_frozen_lookalike(module: nn.Module) -> bool:
-    """Whether a module looks like the ``FrozenBatchNorm2d`` of detection libraries.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Any module.
-
-    Returns
-    -------
-    bool
-        True for a childless module that is none of torch's batch norms and has their four vectors.
-    """
-    if isinstance(module, _BatchNorm) or module._modules:
-        return False
-    tensors = {**module._buffers, **module._parameters}
-    vectors = [tensors.get(name) for name in ("weight", "bias", *_STATISTICS)]
-    return (
-        all(v is not None and v.ndim == 1 for v in vectors)
-        and len({v.shape for v in vectors if v is not None}) == 1
-    )
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalizes: any batch norm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, ...
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Any module. A class of another library counts when its name ends in ``Norm`` (with or without a
-        number of axes behind it).
-
-    Returns
-    -------
-    bool
-        True for a norm.
-    """
-    name = type(module).__name__.rstrip("123456789dD")
-    if is_batch_norm(module) or isinstance(module, OTHER_NORMS):
-        return True
-    # a module with children, such as a PreNorm, is a block and no norm
-    return name.endswith("Norm") and not module._modules
 
 
 def is_step(module: nn.Module) -> bool:

@@ -22,7 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.network.compare import tensors_in
 from batchnorm.network.inputs import each_tensor, own
-from batchnorm.network.undo import Undo, hook_around, keep_modules, keep_values, set_modes, stop_gradients
+from batchnorm.network.undo import (
+    Undo,
+    hook_after,
+    hook_before,
+    keep_modules,
+    keep_values,
+    set_modes,
+    stop_gradients,
+)
 from batchnorm.network.values.modules import has_hooks, is_step
 from batchnorm.network.values.values import Call, Value, View, write_down
 
@@ -67,8 +75,9 @@ class _Ways:
 
 
 class _Watch(TorchDispatchMode):
-    def __init__(self, model: nn.Module, view: View, ways: _Ways | None) -> None:
+    def __init__(self, model: nn.Module, view: View, ways: _Ways | None, steps: set[int]) -> None:
         super().__init__()
+        self.steps = steps
         self.paths = {id(m): name for name, m in model.named_modules()}
         self.owners: dict[int, list[str]] = {}
         for owner, m in model.named_modules():
@@ -169,7 +178,7 @@ class _Watch(TorchDispatchMode):
         if threading.get_ident() != self.thread:
             return
         self.stack.append(module)
-        if self.step is None and is_step(module):
+        if self.step is None and id(module) in self.steps:
             self.step = module
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
@@ -225,6 +234,8 @@ def watch(model: nn.Module, run: Run, example: Any, *, training: bool, numbers: 
         Whatever the run on numbers raises.
     """
     ways, views, failed = _Ways(), list[View](), False
+    # asked before the run: what a module is may be found by a trial
+    steps = {id(module) for module in model.modules() if is_step(module)}
     end = Undo(always=True)
     with end, end:
         # a number that is no part of a fake tensor, a counter of batches, is counted up for real
@@ -234,25 +245,29 @@ def watch(model: nn.Module, run: Run, example: Any, *, training: bool, numbers: 
                 fake = FakeTensorMode(allow_non_fake_inputs=True)
                 with fake:
                     shapes = each_tensor(fake.from_tensor, example)
-                    views.append(_watch_once(model, run, shapes, training, ways))
+                    views.append(_watch_once(model, run, shapes, training, ways, steps))
             except Exception:
                 failed = True  # the network's own check of a number, or more than shapes tell
         if failed or ways.waiting or numbers:
             try:
-                views.append(_watch_once(model, run, own(example), training, None))
+                views.append(_watch_once(model, run, own(example), training, None, steps))
             except Exception:
                 if numbers or not views:
                     raise
     return views
 
 
-def _watch_once(model: nn.Module, run: Run, example: Any, training: bool, ways: _Ways | None) -> View:
+def _watch_once(
+    model: nn.Module, run: Run, example: Any, training: bool, ways: _Ways | None, steps: set[int]
+) -> View:
     view = View(training)
-    seen = _Watch(model, view, ways)
+    seen = _Watch(model, view, ways, steps)
     end = Undo(always=True)
     with end, end:
         keep_modules(end, list(model.modules()))
-        hook_around(end, list(model.modules()), seen.enter, seen.leave)
+        for module in list(model.modules()):
+            hook_before(end, module, seen.enter, first=True)
+            hook_after(end, module, seen.leave, always=True)
         set_modes(end, model, training)
         stop_gradients(end)
         with seen:
