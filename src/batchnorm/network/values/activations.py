@@ -17,24 +17,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-NONLINEAR_MODULES = (
-    *ACTIVATIONS.values(),
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.GLU,
-    nn.Hardtanh,
-    nn.Hardsigmoid,
-    nn.Hardshrink,
-    nn.Softshrink,
-    nn.Tanhshrink,
-    nn.LogSigmoid,
-    nn.Mish,
-    nn.PReLU,
-    nn.RReLU,
-    nn.Softplus,
-    nn.Softsign,
-    nn.Threshold,
+_OVER_SEVERAL = ("MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax")
+NONLINEAR_MODULES: tuple[type[nn.Module], ...] = tuple(
+    getattr(nn, name) for name in nn.modules.activation.__all__ if name not in _OVER_SEVERAL
 )
 
 
