@@ -22,7 +22,7 @@ from batchnorm.errors import (
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 if TYPE_CHECKING:  # as below, for those who read types
-    from batchnorm.network.accelerate import accelerate, restore
+    from batchnorm.network.accelerate.accelerate import accelerate, restore
     from batchnorm.network.fold.fold import fold
     from batchnorm.network.groups import param_groups
     from batchnorm.network.insert.insert import insert
@@ -42,7 +42,7 @@ __version__ = "0.1.0"
 
 # a layer needs none of them: each is imported when it is first asked for
 _ROOMS = {
-    "accelerate": ("accelerate", "restore"),
+    "accelerate.accelerate": ("accelerate", "restore"),
     "fold.fold": ("fold",),
     "groups": ("param_groups",),
     "insert.insert": ("insert",),

@@ -34,7 +34,7 @@ from batchnorm.kernels.contract import Engine, Moments, Norm
 from batchnorm.kernels.select import by_torch, select
 from batchnorm.layout import values_per_channel
 from batchnorm.population import Tracking
-from batchnorm.recording import Sink, tell
+from batchnorm.running_update import Sink, tell
 from batchnorm.steps import Between, Constants
 from batchnorm.written import written_down
 

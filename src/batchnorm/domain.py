@@ -40,6 +40,11 @@ def domain(name: str) -> Any:
     name : str
         The domain; a Python identifier that torch's modules do not use.
 
+    Returns
+    -------
+    context manager
+        For one ``with`` block at a time.
+
     Raises
     ------
     ArgumentError

@@ -16,7 +16,7 @@ from batchnorm.kernels.contract import Norm
 from batchnorm.layout import channel_axis, values_per_channel
 from batchnorm.pooling import is_placed
 from batchnorm.population import Tracking, count_empty
-from batchnorm.recording import Sink, Told, counting, tell
+from batchnorm.running_update import Sink, Told, counting, tell
 from batchnorm.steps import Between
 from batchnorm.written import plain_shape, written_down
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import validation
-from batchnorm.accumulator import Accumulator
+from batchnorm.buffers import BUFFERS
 from batchnorm.compiling import compiling
 from batchnorm.distributed.groups import members, names_of
 from batchnorm.domain import active_domain
@@ -18,8 +18,8 @@ from batchnorm.ecosystem.registration import announce
 from batchnorm.ecosystem.symbolic import one_step
 from batchnorm.errors import BatchNormError, ShapeError
 from batchnorm.functional import Options, infer, train
-from batchnorm.populations import Populations
-from batchnorm.running import BUFFERS
+from batchnorm.micro_batches import Accumulator
+from batchnorm.statistics_in_force import Populations
 from batchnorm.steps import Between
 
 # looked at when they are set, in the constructor and after; eps when it is used, as in torch

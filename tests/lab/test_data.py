@@ -73,7 +73,7 @@ def test_a_sample_of_mnist_is_split_with_the_same_number_of_every_class(tmp_path
 @pytest.mark.parametrize("rows", [[[0] * 784], [[300] * 785], [["x"] * 785]])
 def test_a_sample_that_is_something_else_is_refused(tmp_path, rows):
     write_sample(tmp_path, rows)
-    with pytest.raises(DataError, match="784 pixels|comma-separated"):
+    with pytest.raises(DataError, match=r"784 pixels|comma-separated"):
         load("mnist-sample", tmp_path)
 
 

@@ -286,7 +286,7 @@ def _whole(run: Any, tracking: Any, plan: _Plan, path: str, channels: int) -> An
         whole = tracking
 
     def sink(count: int | Tensor, mean: Tensor, var: Tensor) -> None:
-        from batchnorm.recording import tell
+        from batchnorm.running_update import tell
 
         own = torch.zeros(2, share, dtype=torch.float64, device=mean.device)
         own[0, : len(mean)], own[1, : len(var)] = mean, var

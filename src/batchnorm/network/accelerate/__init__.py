@@ -5,6 +5,6 @@ allows; ``call`` is what stands in it then. ``inplace`` puts the compiled call i
 where somebody else is to see the model; ``verify`` compares; ``told`` says what became of each norm.
 """
 
-from batchnorm.network.accelerate.inplace import accelerate, restore
+from batchnorm.network.accelerate.accelerate import accelerate, restore
 
 __all__ = ["accelerate", "restore"]

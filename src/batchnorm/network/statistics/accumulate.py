@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from batchnorm.accumulator import Accumulator
 from batchnorm.errors import ArgumentError
+from batchnorm.micro_batches import Accumulator
 from batchnorm.modules import Layer
 from batchnorm.network.model import check_model
 from batchnorm.network.undo import Undo, keep_values

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from batchnorm import validation
+from batchnorm.buffers import DomainStatistics, RunningStatistics
 from batchnorm.domain import active_domain, check_name
 from batchnorm.errors import MissingStatisticsError
 from batchnorm.population import Tracking
-from batchnorm.running import DomainStatistics, RunningStatistics
 
 
 class Populations(RunningStatistics):
