@@ -82,3 +82,11 @@ def test_the_instruction_set_of_this_machine_is_one_that_the_core_knows():
         ["sh", str(ROOT / "packaging/isa.sh")], capture_output=True, text=True, timeout=10, check=True
     ).stdout.strip()
     assert told in {"all", *re.findall(r"set\(ISA_FLAGS_(\w+) ", (ROOT / "CMakeLists.txt").read_text())}
+
+
+def test_tests_mirror_the_rooms_of_the_network():
+    """``ranks`` is tested by several processes, in ``tests/distributed``."""
+    rooms = {face.parent.name for face in (ROOT / "src/batchnorm/network").glob("*/__init__.py")}
+    tested = {file.parent.name for file in (ROOT / "tests/network").glob("*/test_*.py")}
+    assert tested == rooms - {"ranks"}
+    assert list((ROOT / "tests/distributed").glob("test_*.py"))

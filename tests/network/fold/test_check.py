@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.errors import ArgumentError, VerificationError
-from batchnorm.network.compare import apart, leaves
+from batchnorm.network.compare import apart
 from batchnorm.network.fold import check as fold_check
 from batchnorm.network.fold import ways as folding
 
@@ -164,26 +164,3 @@ def test_saving_for_from_pretrained_is_refused():
     for network in (folded, copy.deepcopy(folded)):
         with pytest.raises(ArgumentError, match="folded away"):
             network.save_pretrained("folder")
-
-
-def test_leaves_are_found_in_what_refers_to_itself():
-    answer = Answer(torch.ones(2))
-    answer.me = [answer]
-    assert [path for path, _ in leaves(answer)] == [".scores"]
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "same"),
-    [
-        (torch.ones(2), torch.ones(2), True),
-        (torch.ones(2), torch.ones(3), False),
-        (torch.tensor([1, 2]), torch.tensor([1, 3]), False),
-        (torch.tensor([1j]), torch.tensor([-1j]), False),
-        (torch.tensor([float("nan"), 1.0]), torch.tensor([float("inf"), 1.0]), False),
-        (True, 1, False),
-        ("a", "a", True),
-        (float("nan"), float("nan"), True),
-    ],
-)
-def test_two_leaves_are_apart_or_not(a, b, same):
-    assert (apart(a, b) == 0) is same
