@@ -34,6 +34,15 @@ def twins(make):
     return accelerate(copy.deepcopy(model)), model
 
 
+def called(make=NETWORKS["functional"][0], training=False):
+    """Accelerated and plain, after a call that compiled."""
+    model, plain = twins(make)
+    x = image()
+    for network in (model, plain):
+        network.train(training)(x)
+    return model, plain, x
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_answers_and_as_many_calls_together_as_there_should_be(name):
     make, in_training, norms = NETWORKS[name]

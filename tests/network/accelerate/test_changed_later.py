@@ -128,6 +128,72 @@ def test_a_switch_on_the_class():
     assert_same(model, plain)
 
 
+@pytest.mark.parametrize(
+    "what", ["forward", "a method", "a property", "decorated", "a base class", "a norm's"]
+)
+def test_a_method_replaced_on_a_class(what, monkeypatch):
+    class Held:
+        def shifted(self, y):
+            return y + 1
+
+    class Base(Branching):
+        def __init__(self, c):
+            super().__init__(c)
+            self.held = Held()
+
+        def finished(self, y):
+            return self.held.shifted(y) * 2
+
+    class Block(Base):
+        @property
+        def scale(self):
+            return 2.0
+
+        def body(self, x):
+            return self.act(self.norm(self.conv(x)))
+
+        @torch.no_grad()
+        def teacher(self, x):
+            return self.body(x)
+
+        def forward(self, x):
+            return self.finished(self.body(x)) * self.scale + self.teacher(x)
+
+    class Norm(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    owner, name, new = {
+        "forward": (Block, "forward", lambda self, x: self.body(x) * 5),
+        "a method": (Block, "body", lambda self, x: self.norm(self.conv(x)) * 3),
+        "a property": (Block, "scale", property(lambda self: 4.0)),
+        "decorated": (Block, "teacher", lambda self, x: self.body(x) * 7),
+        "a base class": (Base, "finished", lambda self, y: y - 1),
+        "an object's": (Held, "shifted", lambda self, y: y - 2),
+        "a norm's": (Norm, "forward", lambda self, x: nn.BatchNorm2d.forward(self, x) + 1),
+    }[what]
+
+    def make():
+        model = nn.Sequential(Block(3), Block(3))
+        model[1].norm = Norm(3)
+        return model
+
+    model, plain = twins(make)
+    other = accelerate(copy.deepcopy(plain))
+    reference = copy.deepcopy(plain)
+    old = vars(owner)[name]
+    for there in (old, new, old, new, old):
+        monkeypatch.setattr(owner, name, there)
+        assert_same(model, plain)
+    if what == "a method":  # as a notebook's autoreload does: the function stays, and runs other code
+        code = old.__code__
+        monkeypatch.setattr(old, "__code__", new.__code__)
+        assert_same(model, plain)
+        monkeypatch.setattr(old, "__code__", code)
+        assert_same(model, plain)
+    assert_same(other, reference)  # of the same looks: it has what was compiled first
+
+
 def test_instances_that_differ_by_a_dict():
     class Configured(nn.BatchNorm2d):
         def __init__(self, c, config):

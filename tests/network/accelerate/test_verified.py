@@ -111,14 +111,18 @@ def test_small_inputs_are_torchs_and_large_ones_ours(size, monkeypatch):
     monkeypatch.setattr(call, "ALONE", _ALONE)
     monkeypatch.setattr(call, "JOINED", _JOINED)
     served = []
-    for name in ("forward", "_normalize"):
-        original = getattr(cpu.CpuEngine, name)
 
-        def noted(*args, _run=original, **kwargs):
-            served.append(1)
-            return _run(*args, **kwargs)
+    def noting(run):
+        def noted(*args, **kwargs):
+            found = run(*args, **kwargs)
+            served.extend([] if found is None else [1])
+            return found
 
-        monkeypatch.setattr(cpu.CpuEngine, name, noted if name == "forward" else staticmethod(noted))
+        return noted
+
+    for name in ("train_at_once", "infer_at_once"):
+        monkeypatch.setattr(cpu, name, noting(getattr(cpu, name)))
+    monkeypatch.setattr(cpu.CpuEngine, "_normalize", staticmethod(noting(cpu.CpuEngine._normalize)))
     model = prepared(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
     plain = copy.deepcopy(model)
     accelerate(model)
@@ -127,5 +131,12 @@ def test_small_inputs_are_torchs_and_large_ones_ours(size, monkeypatch):
         served.clear()
         torch.testing.assert_close(model.train(training)(x), plain.train(training)(x))
         assert bool(served) == (size > 6 or not training)
+        assert ("576 values are so few" in record(model).reason("1")) == (size == 6 and training)
+    # now the size is one that changes, so each call decides
+    for side in (5, 60):
+        x = torch.randn(4, 3, side, side).double()
+        served.clear()
+        torch.testing.assert_close(model.train()(x), plain.train()(x))
+        assert bool(served) == (side == 60)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value)

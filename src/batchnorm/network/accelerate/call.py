@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,10 +30,29 @@ ALONE, JOINED = 65536, 8192
 What a call costs decides there. Measured with 1 and 2 threads in NCHW and channels_last."""
 
 
-def _torch_is_faster(z: Tensor, training: bool, activation: str | None, residual: Tensor | None) -> bool:
-    if activation is None and residual is None:
-        return z.numel() <= ALONE
-    return training and z.numel() <= JOINED
+def torch_is_faster(values: int, training: bool, joined: bool) -> bool:
+    """Whether torch's own calls are as fast as ours.
+
+    Parameters
+    ----------
+    values : int
+        Of z.
+    training : bool
+        The norm's mode.
+    joined : bool
+        Whether a sum or an activation is in its call.
+
+    Returns
+    -------
+    bool
+        By measurement.
+    """
+    return training and values <= JOINED if joined else values <= ALONE
+
+
+def _served(z: Tensor, norm: Norm, mean: Tensor | None, var: Tensor | None) -> bool:
+    """Whether our kernels do what torch would: for these types, and where nobody looks at torch's operations."""
+    return select(z).name in NATIVE and not observed(z) and cpu.takes(z, norm, mean, var)
 
 
 def _written(
@@ -65,6 +85,8 @@ def torch_training(activation: str | None) -> Callable[..., Tensor]:
         Of (z, running_mean, running_var, gamma, beta, momentum, eps, residual).
     """
 
+    joined = activation is not None
+
     def batch_norm_training(
         z: Tensor,
         mean: Tensor | None,
@@ -75,13 +97,17 @@ def torch_training(activation: str | None) -> Callable[..., Tensor]:
         eps: float,
         residual: Tensor | None,
     ) -> Tensor:
-        if not _torch_is_faster(z, True, activation, residual):
+        if not torch_is_faster(z.numel(), True, joined or residual is not None):
             tracking = None
             if mean is not None and var is not None:
                 tracking = Tracking(mean, var, momentum=momentum, skip_nonfinite=False)
-            engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
-            if engine.name in NATIVE and not observed(z) and cpu.takes(z, norm, mean, var):
-                return normalize_batch(z, norm, tracking)
+            norm = Norm(1, eps, gamma, beta, residual, activation)
+            if _served(z, norm, mean, var):
+                y = None
+                # in a backward the core moves no statistics, as our layers do not; torch's do
+                if torch._C._current_graph_task_id() == -1:
+                    y = cpu.train_at_once(z, gamma, beta, residual, 1, eps, activation, tracking)
+                return normalize_batch(z, norm, tracking) if y is None else y
         return _written(z, mean, var, gamma, beta, True, momentum, eps, residual, activation)
 
     return batch_norm_training
@@ -101,6 +127,8 @@ def torch_inference(activation: str | None) -> Callable[..., Tensor]:
         Of (z, running_mean, running_var, gamma, beta, eps, residual).
     """
 
+    joined = activation is not None
+
     def batch_norm_inference(
         z: Tensor,
         mean: Tensor,
@@ -110,10 +138,11 @@ def torch_inference(activation: str | None) -> Callable[..., Tensor]:
         eps: float,
         residual: Tensor | None,
     ) -> Tensor:
-        if not _torch_is_faster(z, False, activation, residual):
-            engine, norm = select(z), Norm(1, eps, gamma, beta, residual, activation)
-            if engine.name in NATIVE and not observed(z) and cpu.takes(z, norm, mean, var):
-                return normalize_population(z, norm, mean, var)
+        if not torch_is_faster(z.numel(), False, joined or residual is not None):
+            norm = Norm(1, eps, gamma, beta, residual, activation)
+            if _served(z, norm, mean, var):
+                y = cpu.infer_at_once(z, mean, var, gamma, beta, residual, 1, eps, activation)
+                return normalize_population(z, norm, mean, var) if y is None else y
         return _written(z, mean, var, gamma, beta, False, 0.0, eps, residual, activation)
 
     return batch_norm_inference

@@ -11,6 +11,7 @@ from torch import fx
 
 from batchnorm.kernels.activations import PIECEWISE_LINEAR
 from batchnorm.network.accelerate import checkpoint, patterns
+from batchnorm.network.accelerate.call import torch_is_faster
 from batchnorm.network.accelerate.effects import EVERYTHING, is_mode_change, overlap, storages, value, written
 from batchnorm.network.accelerate.told import Found
 
@@ -74,6 +75,10 @@ def fuse(module: fx.GraphModule, places: dict[str, tuple[str, str]]) -> list[Fou
             found.append(Found(where, (), norm.reason, kind))
             continue
         chain = _follow(norm, node, order)
+        few = _too_few(chain)
+        if few:
+            found.append(Found(where, (), few, kind))
+            continue
         _replace(graph, chain)
         found.append(Found(where, chain.parts, "" if len(chain.parts) > 1 else chain.reason, kind))
     graph.lint()
@@ -154,6 +159,15 @@ def _follow(norm: patterns.Norm, node: fx.Node, order: dict[fx.Node, int]) -> _C
             chain.skipped += passed
         break
     return chain
+
+
+def _too_few(chain: _Chain) -> str:
+    """Why a norm of torch's stays as it is written; where the size changes from call to call, the call decides."""
+    values, training = value(chain.norm.z).numel(), chain.norm.training
+    if training is None or type(values) is not int:
+        return ""
+    few = torch_is_faster(values, training, len(chain.parts) > 1)
+    return f"its {values:,} values are so few that torch's own calls cost less" if few else ""
 
 
 def _called(node: fx.Node) -> str:

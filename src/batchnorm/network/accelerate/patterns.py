@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from batchnorm.functional import Options, infer_step, train_step
 from batchnorm.network.accelerate.call import ours, torch_inference, torch_training
-from batchnorm.network.accelerate.effects import arguments, value
+from batchnorm.network.accelerate.effects import arguments, storages, value, written
 from batchnorm.population import Tracking
 
 DEVICES = ("cpu",)
@@ -30,10 +30,6 @@ _ACTIVATIONS: dict[Any, str] = {
     F.gelu: "gelu",
 }  # fmt: skip
 _SUMS = frozenset([operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__"])
-_IN_PLACE = frozenset(["relu_", "sigmoid_", "tanh_", "add_", "__iadd__"])
-_IN_PLACE_FUNCTIONS = frozenset(
-    [operator.iadd, torch.relu_, torch.sigmoid_, torch.tanh_, F.relu_, F.hardtanh_, F.leaky_relu_]
-)
 
 
 class Norm(NamedTuple):
@@ -53,6 +49,8 @@ class Norm(NamedTuple):
         Why it runs as it was written; empty where it is called by us.
     call : callable
         Of an activation's name and what is added (or None), gives what is called, and its arguments.
+    training : bool or None
+        Mode of a norm of torch's; None for ours.
     """
 
     z: fx.Node
@@ -61,6 +59,7 @@ class Norm(NamedTuple):
     joins: bool
     reason: str
     call: Callable[[str | None, fx.Node | None], tuple[Callable[..., Tensor], tuple[Any, ...]]]
+    training: bool | None = None
 
 
 def norm(node: fx.Node) -> Norm | None:
@@ -106,7 +105,7 @@ def _of_torch(node: fx.Node) -> Norm:
         reason = "its mode is computed"
     elif not training and (mean is None or var is None):
         reason = "it has no running statistics"
-    return Norm(given["input"], vectors, (mean, var) if training else (), True, reason, call)
+    return Norm(given["input"], vectors, (mean, var) if training else (), True, reason, call, training)
 
 
 def _no_call(*_: Any) -> Any:
@@ -229,15 +228,8 @@ def alike(a: Any, b: Any) -> bool:
 
 def is_in_place(node: fx.Node) -> bool:
     """Whether a step overwrites its first argument and returns it."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name in _IN_PLACE
-    if node.op != "call_function":
-        return False
-    if node.target in _IN_PLACE_FUNCTIONS:
-        return True
-    home = getattr(node.target, "__module__", None)
-    return home == "torch.nn.functional" and arguments(node).get("inplace") is True
+    memory = storages(node.args[:1])
+    return value(node) is not None and storages(node) == memory and bool(written(node) & memory)
 
 
 def passed_on(node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from torch.fx import _symbolic_trace
 from torch.nn.modules import module as torch_module
 
 from batchnorm.compiling import MARK, compiling
+from batchnorm.network.accelerate.methods import Methods
 from batchnorm.network.accelerate.told import TOOL, Graph, first_line, rows
 from batchnorm.network.record import LEFT_ALONE, Row
 
@@ -46,8 +47,9 @@ class Accelerated:
         if self.given_up or stands_aside():
             return self.model._call_impl(*args, **kwargs)
         compiled = self.compiled
-        if compiled.full:
-            self.compiled = compiled = Compiled(compiled.name)
+        if compiled.full or compiled.methods.changed():
+            fresh = Compiled(compiled.name) if compiled.full else compiled_for(self.model)
+            self.compiled = compiled = fresh
             compiled.models.add(self.model)
         seen, began = compiled.events, time.perf_counter()
         try:
@@ -126,6 +128,7 @@ class Compiled:
         self.seconds = 0.0
         self.events = 0
         self.full = False
+        self.methods = Methods()
         self.models: WeakSet[nn.Module] = WeakSet()
         self._failures: list[tuple[types.CodeType, str]] = []
         self.run = self._first
@@ -144,6 +147,7 @@ class Compiled:
         def batchnorm(module: Any, inputs: Any) -> Callable[..., Any]:
             run, graph = compile_graph(module, inputs, list(self.models))
             self.graphs.append(graph)
+            self.methods.note(self.models)
             self.events += 1
             return run
 
@@ -265,7 +269,7 @@ def compiled_for(model: nn.Module) -> Compiled:
     """
     key = _looks(model)
     found = _COMPILED.get(key)
-    if found is None or found.full:
+    if found is None or found.full or found.methods.changed():
         found = _COMPILED[key] = Compiled(type(model).__name__)
     return found
 
