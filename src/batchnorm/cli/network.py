@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+_TOOLS = {
+    "fold": "Fold the batch norms of a trained network into its layers, and check the answers.",
+    "insert": "Put batch norms between the hidden layers of a network and their nonlinearities.",
+}
 _SOURCE = "module:factory, which is imported and called, or an exported program (.pt2)."
 _OUT = "A program where the name ends in .pt2, ONNX for .onnx, else a state dict."
 _WEIGHTS = "State dict for the factory's network; nothing but tensors is read from it."
@@ -21,28 +26,20 @@ def register(app: typer.Typer) -> None:
     app : typer.Typer
         The command line.
     """
-    app.command()(fold)
-    app.command()(insert)
+    for tool, what in _TOOLS.items():
+        app.command(tool, help=what)(_command(tool))
 
 
-def fold(
-    source: Annotated[str, typer.Argument(help=_SOURCE)],
-    out: Annotated[Path, typer.Argument(help=_OUT)],
-    weights: Annotated[Path | None, typer.Option(help=_WEIGHTS)] = None,
-    shape: Annotated[str, typer.Option(help=_SHAPE)] = "",
-) -> None:
-    """Fold the batch norms of a trained network into its layers, and check the answers."""
-    _change("fold", source, out, weights, shape)
+def _command(tool: str) -> Callable[..., None]:
+    def change(
+        source: Annotated[str, typer.Argument(help=_SOURCE)],
+        out: Annotated[Path, typer.Argument(help=_OUT)],
+        weights: Annotated[Path | None, typer.Option(help=_WEIGHTS)] = None,
+        shape: Annotated[str, typer.Option(help=_SHAPE)] = "",
+    ) -> None:
+        _change(tool, source, out, weights, shape)
 
-
-def insert(
-    source: Annotated[str, typer.Argument(help=_SOURCE)],
-    out: Annotated[Path, typer.Argument(help=_OUT)],
-    weights: Annotated[Path | None, typer.Option(help=_WEIGHTS)] = None,
-    shape: Annotated[str, typer.Option(help=_SHAPE)] = "",
-) -> None:
-    """Put batch norms between the hidden layers of a network and their nonlinearities."""
-    _change("insert", source, out, weights, shape)
+    return change
 
 
 def _change(tool: str, source: str, out: Path, weights: Path | None, shape: str) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +108,7 @@ def _open_program(path: Path) -> Opened:
 
 def _dynamic(program: torch.export.ExportedProgram, args: Any, kwargs: Any) -> Any:
     """Which sizes of the inputs were left open."""
-    names = set(program.graph_signature.user_inputs)
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
-    tensors = [*args, *kwargs.values()]
+    values, tensors = inputs_of(program), [*args, *kwargs.values()]
     if len(values) != len(tensors) or not all(isinstance(v, Tensor) for v in tensors):
         return None
     sizes = [
@@ -123,6 +122,23 @@ def _dynamic(program: torch.export.ExportedProgram, args: Any, kwargs: Any) -> A
     if not any(sizes):
         return None
     return (*sizes[: len(args)], *sizes[len(args) :])
+
+
+def inputs_of(program: torch.export.ExportedProgram) -> list[Any]:
+    """Give the fake tensors that stand for a program's inputs.
+
+    Parameters
+    ----------
+    program : ExportedProgram
+        Any.
+
+    Returns
+    -------
+    list
+        In order.
+    """
+    names = set(program.graph_signature.user_inputs)
+    return [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
 
 
 def _made(source: str) -> nn.Module:
@@ -206,15 +222,35 @@ def _read(path: Path) -> Any:
 @contextlib.contextmanager
 def _no_code() -> Iterator[None]:
     """Let ``torch.load`` read tensors and plain data alone, whatever its caller asks for."""
-    before, loud = os.environ.get(_FORCE), logging.getLogger("torch.export")
-    level = loud.level
+    before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
-    loud.setLevel(logging.ERROR)
     try:
-        yield
+        with quiet("torch.export"):
+            yield
     finally:
-        loud.setLevel(level)
         if before is None:
             del os.environ[_FORCE]
         else:
             os.environ[_FORCE] = before
+
+
+@contextlib.contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Keep what torch's exporters say to their developers from the terminal.
+
+    Parameters
+    ----------
+    *names : str
+        Of loggers.
+    """
+    loud = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loud]
+    for logger in loud:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loud, levels, strict=True):
+            logger.setLevel(level)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, TraceError
-from batchnorm.files.opened import Opened
+from batchnorm.files.opened import Opened, inputs_of, quiet
 from batchnorm.network.inputs import copied, run
 from batchnorm.network.layers.convert import convert
 from batchnorm.network.made_up import guesses
@@ -86,7 +84,7 @@ def save_network(opened: Opened, model: nn.Module, path: Path) -> str:
         args, kwargs = ((), dict(made)) if isinstance(made, dict) else ((made,), {})
         dynamic = _open_batch(args, kwargs)
         note = f"; without --shape an input of shape {_shapes(args, kwargs)} was made up"
-    with _quiet():
+    with quiet("torch.export", "torch.onnx", "onnxscript"):
         try:
             program = torch.export.export(plain, args, kwargs, dynamic_shapes=dynamic)
             if suffix == ONNX:
@@ -129,9 +127,7 @@ def _open_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _batch_is_open(program: torch.export.ExportedProgram) -> bool:
-    names = set(program.graph_signature.user_inputs)
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
-    tensors = [v for v in values if isinstance(v, Tensor) and v.ndim]
+    tensors = [v for v in inputs_of(program) if isinstance(v, Tensor) and v.ndim]
     return bool(tensors) and all(isinstance(v.shape[0], torch.SymInt) for v in tensors)
 
 
@@ -155,19 +151,3 @@ def _write(path: Path, save: Callable[[io.BytesIO], None]) -> None:
     file = io.BytesIO()
     save(file)
     path.write_bytes(file.getbuffer())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch's exporters say to their developers from the terminal."""
-    loud = [logging.getLogger(name) for name in ("torch.export", "torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loud]
-    for logger in loud:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loud, levels, strict=True):
-            logger.setLevel(level)

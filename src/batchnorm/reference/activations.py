@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,6 +16,40 @@ def _sigmoid(u: np.ndarray) -> np.ndarray:
     # exp of a negative number only: the other half would overflow
     e = np.exp(-np.abs(u))
     return np.where(u >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def _sigmoid_slope(u: np.ndarray) -> np.ndarray:
+    return _sigmoid(u) * (1 - _sigmoid(u))
+
+
+def _phi(u: np.ndarray) -> np.ndarray:
+    """The distribution function of the standard normal, by which gelu multiplies."""
+    return 0.5 * (1 + _erf(u / math.sqrt(2)))
+
+
+Function = Callable[[np.ndarray], np.ndarray]
+ACTIVATIONS: dict[str | None, tuple[Function, Function]] = {
+    None: (lambda u: u, np.ones_like),
+    "relu": (lambda u: np.where(u < 0, 0.0, u), lambda u: np.where(u > 0, 1.0, 0.0)),
+    # not by np.clip: NaN stays, and so does the sign of 0
+    "relu6": (
+        lambda u: np.where(u < 0, 0.0, np.where(u > 6, 6.0, u)),
+        lambda u: np.where((u > 0) & (u < 6), 1.0, 0.0),
+    ),
+    "leaky_relu": (lambda u: np.where(u < 0, 0.01 * u, u), lambda u: np.where(u > 0, 1.0, 0.01)),
+    "silu": (lambda u: u * _sigmoid(u), lambda u: _sigmoid(u) + u * _sigmoid_slope(u)),
+    "hardswish": (
+        lambda u: u * np.clip(u + 3, 0, 6) / 6,
+        lambda u: np.where(u <= -3, 0.0, np.where(u >= 3, 1.0, u / 3 + 0.5)),
+    ),
+    "sigmoid": (_sigmoid, _sigmoid_slope),
+    "tanh": (np.tanh, lambda u: 1 - np.tanh(u) ** 2),
+    "gelu": (
+        lambda u: u * _phi(u),
+        lambda u: _phi(u) + u * np.exp(-0.5 * u * u) / math.sqrt(2 * math.pi),
+    ),
+}
+"""Each nonlinearity and its derivative. At a kink it is torch's: 0 for relu and relu6, the slope for leaky_relu."""
 
 
 def activate(u: np.ndarray, activation: str | None) -> np.ndarray:
@@ -33,25 +68,7 @@ def activate(u: np.ndarray, activation: str | None) -> np.ndarray:
     ndarray
         g(u), of the shape of ``u``.
     """
-    if activation is None:
-        return u
-    if activation == "relu":
-        return np.where(u < 0, 0.0, u)
-    if activation == "relu6":
-        return np.where(u < 0, 0.0, np.where(u > 6, 6.0, u))
-    if activation == "leaky_relu":
-        return np.where(u < 0, 0.01 * u, u)
-    if activation == "silu":
-        return u * _sigmoid(u)
-    if activation == "hardswish":
-        return u * np.clip(u + 3, 0, 6) / 6
-    if activation == "sigmoid":
-        return _sigmoid(u)
-    if activation == "tanh":
-        return np.tanh(u)
-    if activation == "gelu":
-        return 0.5 * u * (1 + _erf(u / math.sqrt(2))) if u.size else u
-    raise ArgumentError(f"reference: unknown activation {activation!r}.")
+    return _pair(activation)[0](u)
 
 
 def activate_derivative(u: np.ndarray, activation: str | None) -> np.ndarray:
@@ -62,33 +79,17 @@ def activate_derivative(u: np.ndarray, activation: str | None) -> np.ndarray:
     u : ndarray
         Pre-activations, any shape.
     activation : str or None
-        As for `activate`. At a kink the value is torch's: 0 for relu and relu6, the slope for leaky_relu.
+        As for `activate`.
 
     Returns
     -------
     ndarray
         g'(u), of the shape of ``u``.
     """
-    if activation is None:
-        return np.ones_like(u)
-    if activation == "relu":
-        return (u > 0).astype(u.dtype)
-    if activation == "relu6":
-        return ((u > 0) & (u < 6)).astype(u.dtype)
-    if activation == "leaky_relu":
-        return np.where(u > 0, 1.0, 0.01)
-    if activation == "silu":
-        s = _sigmoid(u)
-        return s * (1 + u * (1 - s))
-    if activation == "hardswish":
-        return np.where(u <= -3, 0.0, np.where(u >= 3, 1.0, u / 3 + 0.5))
-    if activation == "sigmoid":
-        s = _sigmoid(u)
-        return s * (1 - s)
-    if activation == "tanh":
-        return 1 - np.tanh(u) ** 2
-    if activation == "gelu":
-        if not u.size:
-            return u
-        return 0.5 * (1 + _erf(u / math.sqrt(2))) + u * np.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
-    raise ArgumentError(f"reference: unknown activation {activation!r}.")
+    return _pair(activation)[1](u)
+
+
+def _pair(activation: str | None) -> tuple[Function, Function]:
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(f"reference: unknown activation {activation!r}.")
+    return ACTIVATIONS[activation]
