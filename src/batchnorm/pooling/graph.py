@@ -101,8 +101,8 @@ def _pooled(
     return y, mean, var, center, inv_std, side_of(y, norm), divisor, count, torch.zeros_like(ticket)
 
 
-def _between(pooling: str) -> RankPooling | None:
-    made = RankPooling.load(pooling)
+def _between(pooling: str) -> Pooling | None:
+    made = Pooling.load(pooling)
     return made if pools(made.groups) else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ def settings_of(eps: float, momentum: float | None, correction: int = 1, tracks:
 
 # no name has a control character in it
 _BETWEEN = "\x1f"
+
+_Made = TypeVar("_Made", bound="RankPooling")
 
 
 class RankPooling:
@@ -218,7 +220,7 @@ class RankPooling:
         return _BETWEEN.join((*words, "masked" if self.masked else "", *self.groups))
 
     @classmethod
-    def load(cls, text: str) -> RankPooling:
+    def load(cls: type[_Made], text: str) -> _Made:
         """Make the object that `dump` wrote.
 
         Parameters
@@ -229,7 +231,7 @@ class RankPooling:
         Returns
         -------
         RankPooling
-            Equal to it.
+            Equal to it; of the class that is asked.
         """
         path, channels, dtype, domain, single, nonfinite, settings, masked, *groups = text.split(_BETWEEN)
         return cls(
