@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -66,6 +67,23 @@ def test_layers_that_pool_are_measured_on_the_steps_of_all_ranks(estimator):
         for name, value in statistics(model).items():
             assert torch.equal(state[name], found[0][name])
             torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
+
+
+def shown(rank):
+    module = sys.modules["batchnorm.network.statistics.calibrate"]
+    watched, asked = module.watched, []
+
+    def noted(stream, title, show):
+        asked.append(bool(show))
+        return watched(stream, title, False)
+
+    module.watched = noted
+    batchnorm.calibrate(model_of(), shard_of(0), group="world")
+    return asked
+
+
+def test_progress_is_shown_on_the_first_rank_alone():
+    assert run(shown, 3) == [[True], [False], [False]]
 
 
 def refused(rank):

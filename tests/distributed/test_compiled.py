@@ -9,6 +9,7 @@ import pytest
 import torch
 from ranks import run
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import batchnorm
 from batchnorm.distributed.conversation import Conversation
@@ -84,6 +85,53 @@ def test_compiled_graphs_pool_in_the_same_order_on_ragged_and_empty_ranks(backen
         assert calls == found[0][2]
         for name, value in net.state_dict().items():
             torch.testing.assert_close(state[name], value)
+
+
+def compiled_in_buckets(rank, sizes):
+    # buckets so small that the graph is cut between any two layers
+    net = norms("world")
+    wrapped = DistributedDataParallel(net, bucket_cap_mb=1e-4)
+    model = torch.compile(wrapped, backend="aot_eager", dynamic=True)
+    x = torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for _ in range(3):
+        net.zero_grad()
+        (model(x.split(sizes)[rank]).pow(3).sum() * len(sizes)).backward()
+    return [p.grad for p in net.parameters()], net.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [[3, 4], [5, 0]], ids=str)
+def test_a_graph_that_ddp_cuts_into_buckets_pools_across_the_cuts(sizes):
+    net = norms()
+    x = torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for _ in range(3):
+        net.zero_grad()
+        net(x).pow(3).sum().backward()
+    for grads, state in run(compiled_in_buckets, 2, sizes, timeout=200, limit=280):
+        for found, p in zip(grads, net.parameters(), strict=True):
+            torch.testing.assert_close(found, p.grad)
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(state[name], value)
+
+
+def momentum_by_steps(rank):
+    torch.manual_seed(0)
+    net, plain = norms("world"), norms()
+    model = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for momentum in (0.1, 0.2, 0.3, None):
+        for module in (net, plain):
+            module[1].momentum = momentum
+        x = torch.randn(6, 3, dtype=torch.float64)
+        model(x[rank::2])
+        plain(x)
+    torch.testing.assert_close(net[1].running_var, plain[1].running_var)
+    return net[1].running_var
+
+
+@pytest.mark.slow
+def test_a_momentum_that_changes_is_followed_by_compiled_graphs():
+    first, second = run(momentum_by_steps, 2, timeout=200, limit=280)
+    assert torch.equal(first, second)
 
 
 def compiled_alone(rank):

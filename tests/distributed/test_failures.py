@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -248,3 +249,40 @@ def test_who_is_killed_before_the_loop_is_known_is_named(message, warm):
 @pytest.mark.parametrize("who", [0, 3])
 def test_who_does_not_come_to_a_mesh_of_four_is_named_on_every_rank(how, who):
     check_absence(how, who, False, 4, "file", mesh=True)
+
+
+def killed_at_a_time(rank, who, delay):
+    model = batchnorm.synchronize(Net())
+    x = torch.randn(3 - rank, 3)
+    model(x).sum().backward()
+    if rank == who:
+        threading.Timer(delay, die).start()
+    seen = watched(model)
+    begun = time.monotonic()
+    try:
+        while time.monotonic() - begun < 20:
+            model(x).pow(2).sum().backward()
+    except BatchNormError as error:
+        layer = model.get_submodule(error.at)
+        return (
+            str(error),
+            time.monotonic() - begun - delay,
+            all(map(torch.equal, layer.buffers(), seen[error.at])),
+        )
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.05, 0.21, 0.222, 0.37, 0.5, 0.613])
+@pytest.mark.parametrize(("who", "store"), [(1, "tcp"), (0, "file"), (2, "file")])
+def test_who_is_killed_at_any_time_is_named(who, store, delay):
+    outcomes = outcomes_of(killed_at_a_time, 3, who, delay, timeout=GROUP_TIMEOUT, store=store)
+    for rank, outcome in enumerate(outcomes):
+        if rank == who:
+            assert outcome.code == -signal.SIGKILL, outcome.trace
+            continue
+        assert outcome.code == 0, outcome.trace
+        text, spent, still = outcome.result
+        assert f"rank {who} did not come" in text, text
+        assert spent < GROUP_TIMEOUT + 5
+        assert still

@@ -240,3 +240,28 @@ def test_fully_sharded_parameters_in_half_precision_leave_statistics_wide():
     for name, value in first.items():
         assert torch.equal(value, second[name])
         assert value.isfinite().all()
+
+
+def on_a_mesh(rank, sizes):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = batchnorm.synchronize(mlp())
+    blocks = nn.Sequential(checkpoint_wrapper(model[:3]), checkpoint_wrapper(model[3:5]), model[5])
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(blocks, mesh=mesh)
+    for step in range(3):
+        x = batch_of("mlp", step, sizes)[rank]
+        descend(blocks, blocks(x).pow(3).sum() * len(sizes) / sum(sizes))
+    return [v.full_tensor() if hasattr(v, "full_tensor") else v for v in blocks.state_dict().values()]
+
+
+def test_parameters_sharded_in_nodes_and_copied_between_with_checkpoints_equal_one_process():
+    sizes = [3, 2, 0, 4]
+    wanted = alone("mlp", sizes, 3)
+    for values in run(on_a_mesh, 4, sizes):
+        for (name, value), found in zip(wanted.items(), values, strict=True):
+            torch.testing.assert_close(found, value, msg=lambda m, name=name: f"{name}: {m}")
