@@ -193,11 +193,9 @@ class RollCall:
             for rank, group in list(open_ranks.items()):
                 key = self._key(subject, rank, group)
                 # `wait` would print what it does not find; `check` is quiet
-                written, answered, place = (
-                    json.loads(store.get(key)) if store.check([key]) else (0, turn, None)
-                )
-                if answered == turn and written > self._begun:
-                    place = self._places[rank] = Place(*place)
+                heard = json.loads(store.get(key)) if store.check([key]) else None
+                if heard is not None and heard[0] > self._begun and heard[1] == turn:
+                    place = self._places[rank] = Place(*heard[2])
                     del open_ranks[rank]
                     if place.group not in asked:
                         asked.add(place.group)
