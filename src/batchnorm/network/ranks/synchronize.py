@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.distributed.groups import WORLD, Names, initialised, names_of, timeout_of
+from batchnorm.distributed.groups import Names, initialised, names_of, timeout_of
 from batchnorm.errors import ArgumentError
 from batchnorm.modules import BatchNorm2d, Layer
 from batchnorm.network.inputs import target
@@ -203,23 +203,4 @@ def _desynchronize(layer: Any) -> str:
     return ""
 
 
-def pooled_over(model: nn.Module) -> Names | None:
-    """Give the group over which a model's layers pool.
-
-    Parameters
-    ----------
-    model : Module
-        The network.
-
-    Returns
-    -------
-    tuple of str or None
-        Of the first layer that pools; None where none does.
-    """
-    for layer in model.modules():
-        if isinstance(layer, Layer) and layer.process_group is not None:
-            return layer.process_group
-    return None
-
-
-__all__ = ["WORLD", "PooledBatchNorm", "desynchronize", "pooled_over", "synchronize"]
+__all__ = ["PooledBatchNorm", "desynchronize", "synchronize"]

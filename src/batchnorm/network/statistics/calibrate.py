@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -157,7 +157,12 @@ def calibrate(
             meters, begun = _meters(unwrapped(model), chosen, estimator, momentum, told, undo)
             shards = Shards(list[Any](meters.values()), group)
             with measured, measured:
-                _measure(measured, model, meters)
+                # everything in eval mode, and the measured layers normalize with their batch
+                set_modes(measured, model, False)
+                for layer, meter in meters.items():
+                    measured.add(meter.give_back)
+                    hook_before(measured, layer, meter.observe)
+                stop_gradients(measured)
                 stream = shards.stream(batches_of(data, "calibrate"))
                 shown = watched(stream, "calibrate", progress and shards.first)
                 batches = run_each(model, shown, "calibrate", forward)
@@ -246,17 +251,3 @@ def _put_in_eval(model: nn.Module) -> set[nn.Module]:
             if isinstance(child, _BatchNorm) and not child.training:
                 (held_still if parent.training else held_trained).add(child)
     return held_still - held_trained
-
-
-def _measure(undo: Undo, model: nn.Module, meters: Mapping[nn.Module, Meter]) -> None:
-    """Put everything in eval mode, the measured layers normalizing with their batch; to be undone.
-
-    A measured layer stays in eval mode and finds its batch's statistics in the place of the running ones.
-    That is what training mode computes, and it also serves a single value per channel, a layer that
-    synchronizes over ranks, and a subclass with a forward of its own.
-    """
-    set_modes(undo, model, False)
-    for layer, meter in meters.items():
-        undo.add(meter.give_back)
-        hook_before(undo, layer, meter.observe)
-    stop_gradients(undo)
