@@ -50,7 +50,6 @@ _chain = _Chain()
 _traced: list[Any] = [lambda: None]
 
 
-@torch.compiler.assume_constant_result
 def _begins() -> bool:
     """Whether this is the first pooled step of the graph that is being traced; asked while it is."""
     context = TracingContext.try_get()
@@ -58,6 +57,10 @@ def _begins() -> bool:
         return False
     _traced[0] = (lambda: None) if context is None else ref(context)
     return True
+
+
+# asked while the Python is followed: torch.compiler.assume_constant_result, which imports the compiler, and triton
+_begins._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _pooled(
