@@ -30,6 +30,7 @@ def _seed() -> None:
 
 _DIGITS = "torch's statistics lose digits where the mean is large against the deviation"
 _ROUNDS = "torch rounds half precision after every operation, so a kink or the last bit may differ"
+_CORE = "it is about the C++ core, which does not serve there"
 EXEMPT = {
     "test_m7_a_bias_before_the_layer_has_no_effect_and_no_gradient": _DIGITS,
     "test_a_mean_a_million_times_the_deviation": _DIGITS,
@@ -42,8 +43,11 @@ EXEMPT = {
     "test_eval_with_a_residual_gives_the_same_bits_with_and_without_a_gradient[dtype0-relu]": _ROUNDS,
     "test_options_compose[5]": _ROUNDS,
     "test_options_compose[33]": _ROUNDS,
+    "test_a_wrong_kernel_is_found_and_the_model_stays_as_it_was": _CORE,
+    "test_small_inputs_are_torchs_and_large_ones_ours": _CORE,
+    "test_a_compiled_graph_in_a_group_of_one_has_todays_bits": _CORE,
 }
-"""Tests of what the engine `torch` does not promise; left out where BATCHNORM_ENGINE=torch."""
+"""What the engine `torch` does not promise, or what is about another; left out where BATCHNORM_ENGINE=torch."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

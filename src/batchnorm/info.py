@@ -66,13 +66,17 @@ def engines() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for device in select.devices():
         by_reason: dict[str, list[str]] = {}
+        refused = ""
         for dtype in DTYPES:
             try:
                 z = torch.empty((2, 2), dtype=dtype, device=device)
-            except (RuntimeError, TypeError):  # a dtype that this device does not have
+            except (RuntimeError, TypeError) as error:  # a dtype that this device does not have
+                refused = str(error).splitlines()[0]
                 continue
             by_reason.setdefault(select.reason(z), []).append(str(dtype).removeprefix("torch."))
         found += [(f"{device.type}, {', '.join(names)}", why) for why, names in by_reason.items()]
+        if not by_reason:
+            found.append((device.type, f"torch can make no tensor there: {refused}"))
     if len(select.devices()) == 1:
         found.append(("accelerator", "none here, or this torch was built without one"))
     return found

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import batchnorm
 from batchnorm.errors import ArgumentError
-from batchnorm.kernels import aten, select, triton
+from batchnorm.kernels import aten, cpu, select, triton
 from batchnorm.kernels import torch as own
 
 
@@ -77,6 +77,23 @@ def test_kernels_that_do_not_compile_are_found_before_a_training_step_and_named(
         batchnorm.BatchNorm1d(3)(z)
 
 
+def test_a_reason_that_may_pass_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(Broken):
+        infer = staticmethod(_raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")))
+
+    engines: list = [Full(), SimpleNamespace(infer=lambda *rest: None)]
+    monkeypatch.setattr(triton, "load", lambda: (engines[0], ""))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    z = torch.randn(4, 3)
+    assert "CUDA out of memory" in triton.refusal(z)
+    engines.pop(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "while a graph is captured" in triton.refusal(z)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert triton.refusal(z) == ""
+
+
 @pytest.mark.parametrize("device", ["xpu", "privateuseone"])
 def test_a_device_that_we_know_nothing_of_is_served_by_torch(
     device: str, monkeypatch: pytest.MonkeyPatch
@@ -96,6 +113,20 @@ def test_a_tensor_without_values_goes_by_composed_operations() -> None:
     assert select.select(z) is aten.engine
     assert select.reason(z) == "aten: the C++ core serves the CPU, not 'meta'"
     assert batchnorm.BatchNorm1d(3).to("meta")(z).shape == z.shape
+
+
+@pytest.mark.skipif(cpu.engine is None, reason="the C++ core is not there")
+def test_where_a_forced_engine_cannot_serve_the_one_that_would_serve_otherwise_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    z = torch.randn(4, 3)
+    with select.use("triton"):
+        assert select.select(z) is cpu.engine
+        assert select.reason(z).startswith("cpu: triton is forced, and cannot serve (its kernels run on CUDA")
+        assert select.select(z.to(torch.float8_e4m3fn)) is aten.engine
+        torch.testing.assert_close(batchnorm.BatchNorm1d(3)(z), torch.nn.BatchNorm1d(3)(z))
 
 
 @pytest.mark.parametrize("name", select.ENGINES)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
+from batchnorm.functional import batch_norm
 from batchnorm.kernels import select
 from batchnorm.kernels import torch as own
 from batchnorm.population import Tracking, commit
@@ -169,6 +170,54 @@ def test_fourteen_operations_whatever_the_shape(case: str, dtype: torch.dtype, r
     views = forward.names.count("view")  # rows of channels are a matrix to torch, there and back: no launch
     assert views <= (3 + residual if case == "NLC" else 0), forward.names
     assert len(forward.names) - views <= 14 + residual, forward.names
+
+
+# shape, order of its axes in memory, channel axis
+ORDERS = {
+    "matrix, transposed": ((6, 4), (1, 0), 1),
+    "(L, N, C)": ((3, 4, 5), (2, 0, 1), 1),
+    "(C, N, L)": ((3, 4, 5), (1, 0, 2), 1),
+    "image on its side": ((3, 4, 5, 2), (0, 1, 3, 2), 1),
+    "image from behind": ((3, 4, 5, 2), (3, 2, 1, 0), 1),
+    "channel in the middle": ((3, 2, 4, 5), (0, 1, 2, 3), 2),
+    "channel last, from behind": ((3, 2, 5, 4), (3, 2, 1, 0), 3),
+    "volume, (D, N, H, C, W)": ((2, 4, 3, 2, 3), (2, 0, 3, 1, 4), 1),
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+@pytest.mark.parametrize("residual", [None, "as z lies", "otherwise"])
+def test_packed_values_are_taken_in_whatever_order_they_lie_and_nothing_is_copied(
+    case: str, residual: str | None
+) -> None:
+    shape, order, axis = ORDERS[case]
+    back = [order.index(a) for a in range(len(shape))]
+
+    def lying() -> torch.Tensor:
+        return torch.randn([shape[a] for a in order]).permute(back).requires_grad_()
+
+    z = lying()
+    added = None if residual is None else lying() if residual == "as z lies" else torch.randn(shape)
+    results = []
+    for engine in ("torch", "aten"):
+        with select.use(engine):
+            mean, var = torch.zeros(4), torch.ones(4)
+            how = {"training": True, "activation": "relu", "residual": added, "channel_dim": axis}
+            if engine == "torch":
+                batch_norm(z, mean.clone(), var.clone(), **how)
+                with Watch() as watch:
+                    y = batch_norm(z, mean, var, **how)
+                assert watch.norms == ["native_batch_norm"]
+                assert not {"clone", "copy_", "_to_copy"} & {*watch.names}, watch.names
+                views = sum(name in ("view", "permute") for name in watch.names)
+                assert views <= 4 + 2 * (added is not None)
+                assert len(watch.names) - views <= 14 + (added is not None), watch.names
+            else:
+                y = batch_norm(z, mean, var, **how)
+            results.append([y, mean, var, *torch.autograd.grad(y.sin().sum(), z)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert results[0][0].stride() == z.stride()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -226,6 +226,15 @@ def test_what_comes_back_with_other_strides_is_read_right() -> None:
     assert torch.equal(once.dresidual, again.dresidual)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("shape", [(3, 24, 8, 8), (4, 3, 6, 6)], ids=["swept", "held"])
+def test_an_image_with_gaps_keeps_the_order_of_its_axes(shape: tuple[int, ...]) -> None:
+    z = _last(*shape)[:, :, ::2]
+    found = engine.forward(z, Norm(1, 1e-5, None, None, torch.randn(z.shape), "relu"), None)
+    assert found.y.is_contiguous(memory_format=torch.channels_last)
+    plain = engine.forward(z.contiguous(), Norm(1, 1e-5), None)
+    torch.testing.assert_close(found.var, plain.var)
+
+
 def test_reruns_give_the_same_bits() -> None:
     z = torch.randn(700, 24)
     first, second = (engine.forward(z, Norm(1, 1e-5), None) for _ in range(2))

@@ -83,10 +83,10 @@ def select(z: Tensor, norm: Norm | None = None) -> Engine:
         The one forced, where it can serve. Else the C++ core for CPU tensors of a dtype it knows; on every other
         device torch's own batch norm, or our Triton kernels where they were measured to win.
     """
-    if forced is None and z.is_cpu and cpu.engine is not None and cpu.serves(z):
-        return cpu.engine
     if forced is not None and not _refusal(forced, z):
         return forced
+    if z.is_cpu and cpu.engine is not None and cpu.serves(z):
+        return cpu.engine
     if not z.is_cpu and not z.is_meta:
         return own.engine if not _measured(z, norm) else _named("triton")
     return aten.engine

@@ -11,7 +11,8 @@ away from zero. ``BATCHNORM_ENGINE=aten`` keeps them there.
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,31 +35,66 @@ _IN_PLACE = {
 }
 
 
-def _to_kernel(t: Tensor, axis: int) -> Tensor:
-    """View a tensor with its channels where torch's fast kernels look for them.
+class _Form(NamedTuple):
+    """What torch's kernels are shown in place of a tensor: its axes in another order, and some of them as one."""
 
-    Channels that are neighbours in memory and that torch knows no memory format for, as in (N, L, C), become the
-    second axis of a matrix.
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def of(self, t: Tensor) -> Tensor:
+        """Give t in this form; a view wherever t lies as the tensor does that the form was made for."""
+        t = t if self.order == tuple(range(t.dim())) else t.permute(self.order)
+        return t if t.shape == self.shape else t.reshape(self.shape)
+
+    def back(self, u: Tensor, like: Tensor) -> Tensor:
+        """The inverse, for a tensor of the shape of ``like``: a view that lies as ``like`` does."""
+        whole = tuple(like.shape[a] for a in self.order)
+        u = u if u.shape == whole else u.view(whole)
+        if self.order == tuple(range(like.dim())):
+            return u
+        return u.permute([self.order.index(a) for a in range(like.dim())])
+
+
+def _form(z: Tensor, axis: int) -> _Form | None:
+    """How torch's kernels are to be shown z; None: as it is.
+
+    Packed values in an order that torch has no memory format for, as (N, L, C) or an image turned on its side, are
+    shown in the order of memory, as a matrix or (N, C, S): nothing is copied, and y comes out as z lies.
     """
-    if t.dim() == 2:
-        return t
-    if axis == t.dim() - 1:
-        return t.reshape(-1, t.shape[-1])
+    in_graph = compiling()
+    if axis == 1 and (in_graph or z.is_contiguous() or _has_channels_last(z)):
+        return None
+    axes = tuple(range(z.dim()))
+    order = _packed_order(z) if not in_graph else axes if axis == axes[-1] else None
+    if order is not None:
+        outer, inner = (prod(z.shape[a] for a in part) for part in _around(order, axis))
+        return _Form(order, (outer, z.shape[axis]) if axis == order[-1] else (outer, z.shape[axis], inner))
     if axis == 1:
-        if t.dim() == 3 and t.shape[1] > 1 and t.stride(1) == 1:
-            return t.movedim(1, -1).reshape(-1, t.shape[1])
-        return t
-    return t.movedim(axis, 1)
+        return None
+    order = (0, axis, *(a for a in axes if a not in (0, axis)))
+    return _Form(order, tuple(z.shape[a] for a in order))
 
 
-def _from_kernel(t: Tensor, like: Tensor, axis: int) -> Tensor:
-    """The inverse of `_to_kernel`, for a tensor of the shape of ``like``."""
-    if t.dim() == 2 and like.dim() > 2:
-        if axis == like.dim() - 1:
-            return t.view(like.shape)
-        moved = (*like.shape[:axis], *like.shape[axis + 1 :], like.shape[axis])
-        return t.view(moved).movedim(-1, axis)
-    return t if axis == 1 else t.movedim(1, axis)
+def _around(order: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    at = order.index(axis)
+    return order[:at], order[at + 1 :]
+
+
+def _has_channels_last(z: Tensor) -> bool:
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(z.dim())
+    return order is not None and z.is_contiguous(memory_format=order)
+
+
+def _packed_order(z: Tensor) -> tuple[int, ...] | None:
+    """The axes from the outermost in memory to the innermost; None where there are gaps or overlaps."""
+    order = sorted(range(z.dim()), key=lambda a: -z.stride(a))
+    step = 1
+    for a in reversed(order):
+        if z.shape[a] != 1:
+            if z.stride(a) != step:
+                return None
+            step *= z.shape[a]
+    return tuple(order)
 
 
 def _vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -68,22 +104,23 @@ def _vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _normalized(
     z: Tensor, norm: Norm, mean: Tensor, var: Tensor, training: bool, momentum: float, in_place: bool
 ) -> Tensor:
-    dtype = aten.vector_dtype(z)
+    dtype, form = aten.vector_dtype(z), _form(z, norm.axis)
     u = torch.batch_norm(
-        _to_kernel(z, norm.axis), _vector(norm.gamma, dtype), _vector(norm.beta, dtype), mean, var, training,
+        z if form is None else form.of(z), _vector(norm.gamma, dtype), _vector(norm.beta, dtype), mean, var, training,
         momentum, norm.eps, torch.backends.cudnn.enabled,
     )  # fmt: skip
     # torch's backward of batch norm reads its input, never its output, which may be overwritten
-    if norm.residual is not None:
-        added = _to_kernel(norm.residual, norm.axis)
-        if u.dim() != added.dim():
-            u = _from_kernel(u, z, norm.axis) + norm.residual
-            return activate(u, norm.activation)
-        u = u.add_(added) if in_place else u + added
+    residual = norm.residual
+    if residual is not None:
+        if form is not None and residual.stride() != z.stride():
+            u, form = form.back(u, z) + residual, None
+        else:
+            added = residual if form is None else form.of(residual)
+            u = u.add_(added) if in_place else u + added
     if norm.activation is not None:
         change = _IN_PLACE.get(norm.activation) if in_place else None
         u = activate(u, norm.activation) if change is None else change(u)
-    return _from_kernel(u, z, norm.axis)
+    return u if form is None else form.back(u, z)
 
 
 def train(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,11 +225,12 @@ class TorchEngine(aten.AtenEngine):
         mean, inv_std = (v.to(dtype) for v in moments)
         # as constants torch wants a variance beside an eps, here 0
         constants = (None, None) if training else (mean, inv_std**-2)
+        form = _form(z, norm.axis)
+        shown = [t if form is None else form.of(t) for t in (du, z)]
         dz, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-            _to_kernel(du, norm.axis), _to_kernel(z, norm.axis), _vector(norm.gamma, dtype), *constants, mean,
-            inv_std, training, 0.0, [True, True, True],
-        )  # fmt: skip
-        dz = _given(z, _from_kernel(dz, z, norm.axis), None)
+            *shown, _vector(norm.gamma, dtype), *constants, mean, inv_std, training, 0.0, [True, True, True]
+        )
+        dz = _given(z, dz if form is None else form.back(dz, z), None)
         return Backward(dz, dbeta.to(dtype), dgamma.to(dtype), _given(z, du, None) if with_residual else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from rich.console import Console
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import table
-from batchnorm_lab.bench.gpu import cases, peers, run
+from batchnorm_lab.bench.gpu import budget, cases, peers, run
 from batchnorm_lab.bench.gpu.cases import Case
-from batchnorm_lab.bench.gpu.clock import Processor
+from batchnorm_lab.bench.gpu.clock import Processor, read
 
 QUIET = Console(quiet=True)
 
@@ -63,6 +64,70 @@ def test_a_row_that_runs_out_of_memory_costs_itself_alone(
     result = run.run(tmp_path, quick=True, dry=True, console=QUIET)
     assert ["failed" in row for row in result["rows"]] == [False, False, True]
     assert "out of memory" in (tmp_path / "gpu.md").read_text()
+
+
+def test_what_would_not_end_in_time_is_not_begun_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "Budget", lambda seconds: budget.Budget(0))
+    result = run.run(tmp_path, quick=True, dry=True, console=QUIET)
+    (step,) = result["rows"]
+    assert not step["readings"]
+    assert all(why == "not begun: it would not have ended in time" for why in step["missing"].values())
+    assert result["not_begun_for_lack_of_time"] == len(cases.cases(True, True))
+    assert "rows were not begun: the time was up" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_budget_counts_on_the_longest_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    time = budget.Budget(10)
+    for seconds in (6, 1):
+        with time.part("compiled step"):
+            now[0] += seconds
+    assert not time.allows("compiled step")
+    assert time.allows("layer")
+    now[0] = 10
+    assert not time.allows("layer")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory\n...")]
+)
+def test_a_gpu_without_memory_is_said_to_have_none(
+    error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise error
+
+    monkeypatch.setattr(run, "Gpu", full)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ArgumentError, match="no memory left to measure with"):
+        run.run(tmp_path, quick=True, dry=False, console=QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_runs_out_behind_the_timing_costs_one_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(Processor):
+        def peak(self, call: Any) -> int:
+            if call is big:
+                raise torch.OutOfMemoryError("tried to allocate too much")
+            return super().peak(call)
+
+    def big() -> None: ...
+
+    found = read(Small(), {"big": big, "small": lambda: torch.zeros(3)}, 1)
+    assert found["big"] == "out of memory: tried to allocate too much"
+    assert found["small"].launches > 0  # type: ignore[union-attr]
+
+
+def test_a_device_that_is_lost_still_lets_every_row_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    assert "illegal memory access" in run._alone({"step": "one"}, lost)["failed"]
 
 
 def test_a_peer_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,14 @@ def refusal(z: Tensor) -> str:
         return f"its kernels do not know {z.dtype}"
     if not z.is_cuda and not (z.is_cpu and interpreted()):
         return f"its kernels run on CUDA and ROCm devices, not on {z.device.type!r}"
-    return _fault(z.device)
+    try:
+        return _fault(z.device)
+    except _NotNow as why:
+        return str(why)
+
+
+class _NotNow(Exception):
+    """Kernels could not be tried, for a reason that may pass: it must not be remembered."""
 
 
 @cache
@@ -78,11 +85,16 @@ def _fault(device: torch.device) -> str:
     engine, reason = load()
     if engine is None:
         return reason
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise _NotNow("its kernels cannot be tried for the first time while a graph is captured")
     try:
         # whatever watches or fakes the caller's tensors must not meet this one
         with _disable_current_modes(), torch.no_grad():
             one = torch.ones((1, 1), device=device)
             engine.infer(one, Norm(1, 1.0), one[0], one[0])
     except Exception as error:
-        return f"triton is installed and cannot be used ({type(error).__name__}: {error})"
+        said = f"triton is installed and cannot be used ({type(error).__name__}: {error})"
+        if "out of memory" in str(error):
+            raise _NotNow(said) from None
+        return said
     return ""

@@ -15,7 +15,9 @@ def packed(z: Tensor, axis: int) -> tuple[Tensor, Plan]:
     z = z.detach().resolve_neg()
     kind = kind_of(z, axis)
     if kind is None:
-        z = z.contiguous()
+        # rid of its gaps, in the order that it has where kernels know that: y comes out so too
+        dense = torch.empty_like(z)
+        z = dense.copy_(z) if kind_of(dense, axis) else z.contiguous()
         kind = kind_of(z, axis)
     c, s = z.shape[axis], 1 if kind == "RC" else prod(z.shape[axis + 1 :])
     return z, plan(kind, z.numel() // (c * s), c, s, z.element_size())

@@ -159,7 +159,7 @@ def launches(call: Callable[[], Any]) -> int:
     Returns
     -------
     int
-        At least one.
+        0 where the profiler sees none, as without the right to trace.
     """
     on_gpu = torch.cuda.is_available()
     kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
@@ -167,7 +167,13 @@ def launches(call: Callable[[], Any]) -> int:
         call()
         if on_gpu:
             torch.cuda.synchronize()
-    return max(1, sum(event.count for event in profile.key_averages() if not event.key.startswith("Memcpy")))
+    # beside its kernels a device's trace has the host's calls that launch them
+    host = torch.autograd.DeviceType.CPU
+    return sum(
+        event.count
+        for event in profile.key_averages()
+        if not event.key.startswith("Memcpy") and (event.device_type == host) != on_gpu
+    )
 
 
 def read(device: Device, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Reading | str]:
@@ -201,13 +207,13 @@ def read(device: Device, calls: dict[str, Callable[[], Any]], rounds: int) -> di
         for name in order[shift:] + order[:shift]:
             for cold in (False, True):
                 times.setdefault((name, cold), []).append(device.milliseconds(replays[name], cold))
+    replays.clear()  # and the memory that graphs hold: what follows takes its own
     for name in order:
-        call = calls[name]
-        found[name] = Reading(
-            median(times[name, False]),
-            median(times[name, True]),
-            host_milliseconds(device, call, rounds),
-            launches(call),
-            device.peak(call),
-        )
+        call, (warm, cold) = calls[name], (median(times[name, kind]) for kind in (False, True))
+        try:
+            found[name] = Reading(
+                warm, cold, host_milliseconds(device, call, rounds), launches(call), device.peak(call)
+            )
+        except torch.OutOfMemoryError as error:
+            found[name] = f"out of memory: {str(error).splitlines()[0]}"
     return found

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import platform
-import time
+from contextlib import suppress
 from datetime import datetime, timezone
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from batchnorm.info import versions
 from batchnorm.kernels import table
 from batchnorm.kernels.contract import Norm
 from batchnorm_lab.bench.gpu import peers, steps
+from batchnorm_lab.bench.gpu.budget import Budget
 from batchnorm_lab.bench.gpu.cases import FORMS, Case, cases
 from batchnorm_lab.bench.gpu.clock import Device, Gpu, Processor, host_milliseconds, median, read
 
 SECONDS = {False: 460.0, True: 85.0}
-"""No row is begun after this long: under 8 minutes, or 90 seconds with ``quick``."""
+"""What a run may take: under 8 minutes, or 90 seconds with ``quick``."""
 
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -60,6 +62,19 @@ def provenance(device: Device) -> dict[str, Any]:
     }
 
 
+def _gpu() -> Device:
+    try:
+        return Gpu()
+    except RuntimeError as error:  # the context itself may find no memory, which torch tells otherwise
+        if "out of memory" not in str(error):
+            raise
+        raise ArgumentError(
+            "bench --gpu: the GPU has no memory left to measure with.",
+            why=str(error).splitlines()[0],
+            mend="end what else runs there, or choose another GPU with CUDA_VISIBLE_DEVICES.",
+        ) from None
+
+
 def _alone(row: dict[str, Any], body: Any) -> dict[str, Any]:
     """Run one row's body; whatever it raises is the row's result."""
     torch.compiler.reset()  # of one function only so many shapes are compiled, and every row has another
@@ -72,7 +87,10 @@ def _alone(row: dict[str, Any], body: Any) -> dict[str, Any]:
     finally:
         gc.collect()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with suppress(
+                RuntimeError
+            ):  # after an illegal access every call raises, and rows are still to be told
+                torch.cuda.empty_cache()
 
 
 def measure(case: Case, device: Device, rounds: int, dry: bool) -> dict[str, Any]:
@@ -110,7 +128,9 @@ def measure(case: Case, device: Device, rounds: int, dry: bool) -> dict[str, Any
     return {"errors": checked, "missing": missing, "readings": readings}
 
 
-def measure_step(name: str, device: Device, rounds: int, batch: int, side: int, dry: bool) -> dict[str, Any]:
+def measure_step(
+    name: str, device: Device, rounds: int, batch: int, side: int, dry: bool, budget: Budget
+) -> dict[str, Any]:
     """Time whole steps of a network, its variants interleaved.
 
     Parameters
@@ -123,6 +143,8 @@ def measure_step(name: str, device: Device, rounds: int, batch: int, side: int, 
         Turns, images, and their side.
     dry : bool
         A tiny network.
+    budget : Budget
+        Decides whether a variant is still begun.
 
     Returns
     -------
@@ -132,9 +154,14 @@ def measure_step(name: str, device: Device, rounds: int, batch: int, side: int, 
     made: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for variant in steps.VARIANTS:
+        kind = f"{variant.split(',')[0]} step"
+        if not budget.allows(kind):
+            missing[variant] = "not begun: it would not have ended in time"
+            continue
         try:
-            made[variant] = steps.make(name, variant, batch, side, device.name, dry)
-            made[variant]()
+            with budget.part(kind):
+                made[variant] = steps.make(name, variant, batch, side, device.name, dry)
+                made[variant]()
         except Exception as error:
             made.pop(variant, None)
             missing[variant] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -215,7 +242,7 @@ def run(out: Path, quick: bool, dry: bool, console: Console) -> dict[str, Any]:
     Raises
     ------
     ArgumentError
-        No GPU is here.
+        No GPU is here, or one without memory.
     """
     from batchnorm_lab.bench.gpu.report import markdown
 
@@ -225,21 +252,24 @@ def run(out: Path, quick: bool, dry: bool, console: Console) -> dict[str, Any]:
             why=f"torch {torch.__version__} was built for {torch.version.cuda or torch.version.hip or 'no GPU'}.",
             mend="run it where a GPU is, or --dry-run to see that it works.",
         )
-    started = time.perf_counter()
-    device: Device = Processor() if dry else Gpu()
+    budget = Budget(inf if dry else SECONDS[quick])
+    device: Device = Processor() if dry else _gpu()
     about, rows, skipped = provenance(device), [], 0
     rounds = 2 if dry else 5 if quick else 15
     size = {"batch": 2, "side": 8} if dry else {"batch": 64 if quick else 128, "side": 224}
     networks = ("resnet50",) if quick else ("resnet50", "mobilenet_v2")
     for name in networks:
         row = {"step": name, **size}
-        rows.append(_alone(row, lambda name=name: measure_step(name, device, rounds, dry=dry, **size)))
+        rows.append(
+            _alone(row, lambda name=name: measure_step(name, device, rounds, dry=dry, budget=budget, **size))
+        )
         console.print(f"{name}: {rows[-1].get('failed', 'measured')}")
     for case in cases(quick, dry):
-        if time.perf_counter() - started > SECONDS[quick]:
+        if not budget.allows("layer"):
             skipped += 1
             continue
-        rows.append(_alone({"case": case}, lambda case=case: measure(case, device, rounds, dry)))
+        with budget.part("layer"):
+            rows.append(_alone({"case": case}, lambda case=case: measure(case, device, rounds, dry)))
         console.print(f"{case.label}: {rows[-1].get('failed', 'measured')}")
     written = [{**row, "case": row["case"].label} if "case" in row else row for row in rows]
     result = {"about": about, "rows": written, "not_begun_for_lack_of_time": skipped}
