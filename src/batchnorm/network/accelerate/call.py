@@ -52,7 +52,7 @@ def torch_is_faster(values: int, training: bool, joined: bool) -> bool:
 
 def _served(z: Tensor, norm: Norm, mean: Tensor | None, var: Tensor | None) -> bool:
     """Whether our kernels do what torch would: for these types, and where nobody looks at torch's operations."""
-    return select(z).name in NATIVE and not observed(z) and cpu.takes(z, norm, mean, var)
+    return select(z).name in NATIVE and not observed(z) and bool(cpu.takes(z, norm, mean, var))
 
 
 def _written(
