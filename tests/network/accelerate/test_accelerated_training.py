@@ -209,6 +209,29 @@ def test_what_a_forward_may_return(kind):
         torch.testing.assert_close(a, b)
 
 
+def test_a_generator_computes_no_more_than_it_is_asked_for():
+    class Generating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+            self.second = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+
+        def forward(self, x):
+            scale = yield self.first(x)
+            yield self.second(x) * scale
+
+    model, plain = twins(Generating)
+    for network in (model, plain):
+        next(network(image()))  # and no further: the second norm has seen nothing
+    assert int(model.second[1].num_batches_tracked) == 0
+    ours, theirs = model(image()), plain(image())
+    for given, wanted in ((next(ours), next(theirs)), (ours.send(2.0), theirs.send(2.0))):
+        torch.testing.assert_close(given, wanted)
+    for given, wanted in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(given, wanted)
+    assert "accelerate its parts" in record(model).reason("")
+
+
 def test_python_that_depends_on_data_breaks_the_graph_and_parts_are_called_together():
     class Depends(nn.Module):
         def __init__(self):

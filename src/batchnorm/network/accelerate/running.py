@@ -26,6 +26,8 @@ _COUNTS_IN_PYTHON = (
     'convert(model, "batchnorm") averages in the graph'
 )
 
+_LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
 
 class Accelerated:
     """A model's call: compiled, or plain where somebody else is to see the model.
@@ -44,6 +46,11 @@ class Accelerated:
         compiled.models.add(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.given_up and _computes_later(self.model.forward):
+            self.given_up = (
+                "its forward computes as it is asked (a generator or coroutine), where Dynamo would compute all of "
+                "it at once: accelerate its parts"
+            )
         if self.given_up or stands_aside():
             return self.model._call_impl(*args, **kwargs)
         compiled = self.compiled
@@ -89,6 +96,11 @@ class Accelerated:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_plain, ())
+
+
+def _computes_later(forward: Any) -> bool:
+    code = getattr(forward, "__code__", None)
+    return code is not None and bool(code.co_flags & _LATER)
 
 
 def _plain() -> None:
