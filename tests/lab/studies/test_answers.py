@@ -1,5 +1,6 @@
 """Answers follow the records: where the truth of made-up records is known, so is the verdict."""
 
+import math
 import random
 
 import pytest
@@ -264,6 +265,8 @@ def test_what_is_gaussian_is_at_no_distance_from_it_and_what_its_nonlinearity_ma
     near, cut = (distance_to_gaussian(units) for units in (z, z.relu()))
     assert max(near) < 0.05
     assert min(cut) > 0.1
+    dead, diverged = distance_to_gaussian(torch.zeros(1, 9, 2)), distance_to_gaussian(z / 0)
+    assert all(math.isnan(far) for far in dead + diverged), "no unit that varies has a distance"
 
 
 @pytest.mark.parametrize(("noisy", "says"), [(0.8, "borne out"), (0.1, "not borne out")])

@@ -197,7 +197,11 @@ def distance_to_gaussian(units: Tensor) -> list[float]:
     found = []
     for one in units.double():
         one = one[:, one.isfinite().all(0)]
-        one = one[:, one.std(0, correction=0) > 1e-6 * one.abs().amax(0)]
+        if one.shape[1]:
+            one = one[:, one.std(0, correction=0) > 1e-6 * one.abs().amax(0)]
+        if not one.shape[1]:
+            found.append(math.nan)
+            continue
         standard = (one - one.mean(0)) / one.std(0, correction=0)
         found.append(float((standard.sort(0).values - gaussian).abs().mean()))
     return found
