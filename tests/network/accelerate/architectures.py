@@ -109,7 +109,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"{len(results)} architectures with batch norm of the `timm` package ({timm.__version__}), with random "
         "weights, running statistics, gamma and beta, 4 images each, float32. `accelerate(model, example)` compared "
         "each with itself as given, in training and in eval: outputs, gradients and statistics (see "
-        "[accelerate](accelerate.md) for what is allowed). None was refused.",
+        "[accelerate](accelerate.md) for what is allowed). None was refused."
+        + (
+            f" Not run yet: {', '.join(rest)}."
+            if (rest := [n for n in ARCHITECTURES if n not in results])
+            else ""
+        ),
         "",
         "- **norms**: batch norms of the network; **called**: of these, the ones that our operator runs; **with an "
         "activation**, **with a sum**: called as one with what follows; **breaks**: of the graph.",
@@ -137,18 +142,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             alone[reason][name] += 1
     for reason, names in sorted(alone.items(), key=lambda item: -sum(item[1].values())):
         lines.append(f"| {reason} | {sum(names.values())} | {', '.join(names)} |")
-    lines += [
-        "",
-        "## Not run by our operator, and why",
-        "",
-        "| architecture | norm | reason |",
-        "|---|---|---|",
+    left = [
+        f"| {name} | `{path or '(the model)'}` | {reason} |"
+        for name, r in results.items()
+        for path, reason in (r["left"] | dict.fromkeys(r["unseen"], "its forward is not called")).items()
     ]
-    for name, r in results.items():
-        lines += [f"| {name} | `{path or '(the model)'}` | {reason} |" for path, reason in r["left"].items()]
-        lines += [f"| {name} | `{path}` | its forward is not called | " for path in r["unseen"]]
-    lines += ["", "## Where the graph breaks", "", "| architecture | reason |", "|---|---|"]
-    lines += [f"| {name} | {reason} |" for name, r in results.items() for reason in r["breaks"]]
+    breaks = [f"| {name} | {reason} |" for name, r in results.items() for reason in r["breaks"]]
+    lines += ["", "## Not run by our operator, and why", ""]
+    lines += ["| architecture | norm | reason |", "|---|---|---|", *left] if left else ["None."]
+    lines += ["", "## Where the graph breaks", ""]
+    lines += ["| architecture | reason |", "|---|---|", *breaks] if breaks else ["Nowhere."]
     return "\n".join(lines) + "\n"
 
 
@@ -158,7 +161,7 @@ if __name__ == "__main__":
     import time
     from pathlib import Path
 
-    # python architectures.py PAGE [FIRST LAST]: in pieces, each kept beside the page until all are there
+    # python architectures.py PAGE [FIRST LAST]: in pieces, each kept beside the page
     page, kept = Path(sys.argv[1]), Path(sys.argv[1]).with_suffix(".json")
     chosen = (
         list(ARCHITECTURES)[slice(*map(int, sys.argv[2:4]))] if len(sys.argv) > 2 else list(ARCHITECTURES)
@@ -175,6 +178,7 @@ if __name__ == "__main__":
             continue
         kept.write_text(json.dumps(results))
         print(name, f"{time.perf_counter() - began:.0f} s", results[name], flush=True)
+    if results:
+        page.write_text(table({name: results[name] for name in ARCHITECTURES if name in results}))
     if results.keys() >= ARCHITECTURES.keys():
-        page.write_text(table({name: results[name] for name in ARCHITECTURES}))
         kept.unlink()
