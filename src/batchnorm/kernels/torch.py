@@ -87,11 +87,12 @@ def _has_channels_last(z: Tensor) -> bool:
 
 def _packed_order(z: Tensor) -> tuple[int, ...] | None:
     """The axes from the outermost in memory to the innermost; None where there are gaps or overlaps."""
-    order = sorted(range(z.dim()), key=lambda a: -z.stride(a))
+    strides = z.stride()
+    order = sorted(range(z.dim()), key=lambda a: -strides[a])
     step = 1
     for a in reversed(order):
         if z.shape[a] != 1:
-            if z.stride(a) != step:
+            if strides[a] != step:
                 return None
             step *= z.shape[a]
     return tuple(order)

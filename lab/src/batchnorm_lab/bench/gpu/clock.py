@@ -209,10 +209,10 @@ def read(device: Device, calls: dict[str, Callable[[], Any]], rounds: int) -> di
                 times.setdefault((name, cold), []).append(device.milliseconds(replays[name], cold))
     replays.clear()  # and the memory that graphs hold: what follows takes its own
     for name in order:
-        call, (warm, cold) = calls[name], (median(times[name, kind]) for kind in (False, True))
+        call, (warm, emptied) = calls[name], (median(times[name, kind]) for kind in (False, True))
         try:
             found[name] = Reading(
-                warm, cold, host_milliseconds(device, call, rounds), launches(call), device.peak(call)
+                warm, emptied, host_milliseconds(device, call, rounds), launches(call), device.peak(call)
             )
         except torch.OutOfMemoryError as error:
             found[name] = f"out of memory: {str(error).splitlines()[0]}"
