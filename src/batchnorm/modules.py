@@ -216,13 +216,18 @@ class Layer(Populations):
         if self.virtual_batch_size is not None:
             raise validation.parts_and_pooling(self.virtual_batch_size)
         # a graph asks when it runs, for it may outlive the process group that it was compiled beside
+        settings = ""  # of a graph: an option that changes becomes a symbol there, which is no text
         if not compiling() or torch.compiler.is_exporting():
             if not members(self.process_group):
                 return None
             if not self.pooled_as:
                 self.pooled_as = _path_from_stack(self) or type(self).__name__
+            from batchnorm.pooling.ranks import settings_of
+
+            settings = settings_of(
+                self.eps, self.momentum, self.running_var_correction, self.track_running_stats
+            )
         from batchnorm.pooling.graph import Pooling
-        from batchnorm.pooling.ranks import settings_of
 
         return Pooling(
             self.process_group,
@@ -233,7 +238,7 @@ class Layer(Populations):
             self.on_single_value,
             self.on_nonfinite,
             mask is not None,
-            settings_of(self.eps, self.momentum, self.running_var_correction, self.track_running_stats),
+            settings,
         )
 
     def _first_in_domain(self, name: str, *rest: Any) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import signal
-import sys
 import time
 
 import pytest
@@ -70,7 +70,7 @@ def test_layers_that_pool_are_measured_on_the_steps_of_all_ranks(estimator):
 
 
 def shown(rank):
-    module = sys.modules["batchnorm.network.statistics.calibrate"]
+    module = importlib.import_module("batchnorm.network.statistics.calibrate")
     watched, asked = module.watched, []
 
     def noted(stream, title, show):

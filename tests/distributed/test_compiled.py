@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -89,6 +90,7 @@ def test_compiled_graphs_pool_in_the_same_order_on_ragged_and_empty_ranks(backen
 
 def compiled_in_buckets(rank, sizes):
     # buckets so small that the graph is cut between any two layers
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 100
     net = norms("world")
     wrapped = DistributedDataParallel(net, bucket_cap_mb=1e-4)
     model = torch.compile(wrapped, backend="aot_eager", dynamic=True)
