@@ -120,7 +120,7 @@ def time_share(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     network = NETWORKS[name]
-    given = timm.create_model(network.timm, pretrained=False).train()
+    given: nn.Module = timm.create_model(network.timm, pretrained=False).train()
     if layout == "channels_last":
         given = given.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = batch_of(network.batch, size, layout)
