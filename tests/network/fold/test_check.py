@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from dataclasses import dataclass
 
@@ -132,6 +133,37 @@ def test_answers_that_differ_each_time_are_compared_inside():
 
     net, x = lived(Random()), torch.randn(2, 3, 5, 5)
     assert isinstance(batchnorm.fold(net, x).bn, nn.Identity)
+
+
+@functools.lru_cache(maxsize=8)
+def anchors(side):
+    return torch.arange(side).float(), None
+
+
+@pytest.mark.parametrize("tool", [batchnorm.fold, batchnorm.insert], ids=lambda tool: tool.__name__)
+def test_what_is_cached_while_a_network_is_looked_at_has_numbers_afterwards(tool):
+    class Detector(nn.Module):
+        """Keeps what it computed for a size, by instance and for the process, as detectors do."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        @functools.lru_cache(maxsize=8)  # noqa: B019 - by instance is the point
+        def grid(self, side):
+            return torch.arange(side).float()
+
+        def forward(self, x):
+            y = self.bn(self.conv(x)).relu()
+            return self.out(y + self.grid(y.shape[-1]) + anchors(y.shape[-1])[0])
+
+    net, x = lived(Detector()), torch.randn(2, 3, 6, 6)
+    anchors.cache_clear()
+    changed = tool(net, x)
+    assert type(net(x)) is type(changed(x)) is Tensor
+    if tool is batchnorm.fold:
+        assert isinstance(changed.bn, nn.Identity)
+        torch.testing.assert_close(changed(x), net(x))
 
 
 def test_fx_sees_a_layer_and_its_activation_as_neighbours():

@@ -30,7 +30,7 @@ def check(
     Parameters
     ----------
     model : torch.nn.Module
-        A copy of the given network, which is run.
+        The given network; a copy of it is run.
     example : Tensor, tuple or dict
         What both are asked.
     result : torch.nn.Module
@@ -43,7 +43,8 @@ def check(
     VerificationError
         They differ by more than rounding, the folded one fails, or nothing can be compared.
     """
-    state = torch.get_rng_state()
+    # what was looked at may keep tensors of that run without numbers, in a cache by instance
+    model, state = copied(model), torch.get_rng_state()
     concerned = [path for _, *paths in steps for path in paths]
     try:
         for inner in (False, True):

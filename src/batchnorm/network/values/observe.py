@@ -8,6 +8,7 @@ gone. Where a network asks more of its tensors it is run for real.
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import weakref
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -287,8 +288,19 @@ def _mark_kept(seen: _Watch, out: set[int]) -> None:
     made = [(ref, value) for ref, value in seen.known.values() if value.producer is not None]
     if any(ref() is not None and id(ref()) not in out for ref, _ in made):
         gc.collect()
+        if seen.ways is not None:
+            _forget_fake()
     for ref, value in made:
         tensor = ref()
         if tensor is not None and id(tensor) not in out:
             value.escape = value.escape or "kept by something after the call"
         del tensor
+
+
+def _forget_fake() -> None:
+    """Empty the caches of functions that keep a tensor without numbers: they would hand it to the next real run."""
+    for cache in gc.get_objects():
+        if type(cache) is functools._lru_cache_wrapper:
+            kept = [x for x in gc.get_referents(cache) if isinstance(x, (torch.Tensor, tuple, list, dict))]
+            if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(kept)):
+                cache.cache_clear()
