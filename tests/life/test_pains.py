@@ -193,7 +193,7 @@ def test_two_forwards_before_a_backward_and_buffers_that_are_broadcast_between_t
 
 def test_vmap_over_a_layer_in_training():
     z = torch.randn(3, 8, 2)
-    with pytest.raises(RuntimeError, match="in-place"):
+    with pytest.raises(RuntimeError, match="in place"):
         torch.func.vmap(partial(nn.BatchNorm1d(2)))(z)
     layer = batchnorm.BatchNorm1d(2)
     torch.func.vmap(layer)(z)
