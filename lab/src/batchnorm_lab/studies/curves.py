@@ -1,10 +1,16 @@
-"""What is taken from the accuracies of a run over its training: the end, and the whole way."""
+"""What is taken from accuracies over a training, and the runs at the learning rate that is best for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["final", "over_training"]
+from batchnorm_lab.studies.records import best, select
+
+__all__ = ["Curve", "at_best_rate", "final", "over_training"]
+
+Curve = Callable[..., float]
+"""Of a result and the name of a part, as `final` and `over_training` are."""
 
 
 def final(result: dict[str, Any], part: str = "accuracy") -> float:
@@ -55,3 +61,24 @@ def over_training(result: dict[str, Any], part: str = "accuracy") -> float:
     """
     later = result[part][1:]
     return 100 * sum(later) / len(later)
+
+
+def at_best_rate(records: list[dict[str, Any]], measured: Curve, **where: Any) -> list[dict[str, Any]]:
+    """Return an arm's runs at the rate that is best for what is measured, on validation images.
+
+    Parameters
+    ----------
+    records : list of dict
+        Of one study.
+    measured : callable
+        `final` or `over_training`.
+    **where
+        The arm, as for `select`.
+
+    Returns
+    -------
+    list of dict
+        One a seed, in their order.
+    """
+    rate = best(records, "rate", lambda result: measured(result, "validation"), **where)
+    return select(records, **where, rate=rate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,18 +20,17 @@ from batchnorm_lab.studies.contract import (
     Unit,
     make_answer,
 )
-from batchnorm_lab.studies.curves import final, over_training
+from batchnorm_lab.studies.curves import at_best_rate, final, over_training
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import bars, figure, legend_below
 from batchnorm_lab.studies.intervals import mean_interval, paired_difference
-from batchnorm_lab.studies.records import at_edges, best, select
+from batchnorm_lab.studies.records import at_edges
 from batchnorm_lab.studies.shifted_inputs import noise
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Curve = Callable[..., float]
 ARMS: dict[str, tuple[str, ...]] = {  # which of the two are learned
     "both learned": ("weight", "bias"),
     "gamma alone": ("weight",),
@@ -138,55 +136,16 @@ def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Resu
     ]
 
 
-def best_rate(records: list[Record], measured: Curve, activation: str, arm: str) -> float:
-    """Return the rate that is best for what is measured, on validation images, averaged over seeds.
-
-    Parameters
-    ----------
-    records : list of dict
-        Of this study.
-    measured : callable
-        `curves.final` or `curves.over_training`.
-    activation, arm : str
-        Which networks.
-
-    Returns
-    -------
-    float
-        One of the rates tried.
-    """
-    where = {"activation": activation, "arm": arm}
-    return float(best(records, "rate", lambda r: measured(r, "validation"), **where))
-
-
-def of_arm(records: list[Record], measured: Curve, activation: str, arm: str) -> list[Record]:
-    """Return an arm's runs at its best rate, one a seed.
-
-    Parameters
-    ----------
-    records : list of dict
-        Of this study.
-    measured : callable
-        For what the rate is the best.
-    activation, arm : str
-        Which networks.
-
-    Returns
-    -------
-    list of dict
-        In the order of the seeds.
-    """
-    rate = best_rate(records, measured, activation, arm)
-    return select(records, activation=activation, arm=arm, rate=rate)
-
-
 def answer(records: list[Record]) -> Answer:
     """Return what learning gamma and beta gains, and how far they move."""
     findings, remarks = [], []
     for activation in ACTIVATIONS:
         for measured, name in ((over_training, "mean accuracy over training"), (final, "final accuracy")):
             learned, fixed = (
-                [measured(run["result"]) for run in of_arm(records, measured, activation, arm)]
+                [
+                    measured(run["result"])
+                    for run in at_best_rate(records, measured, activation=activation, arm=arm)
+                ]
                 for arm in ("both learned", "both fixed")
             )
             gain = paired_difference(learned, fixed)
@@ -201,14 +160,17 @@ def answer(records: list[Record]) -> Answer:
                     margin=MARGIN,
                 )
             )
-        moved = [run["result"]["moved"] for run in of_arm(records, final, activation, "both learned")]
+        moved = [
+            run["result"]["moved"]
+            for run in at_best_rate(records, final, activation=activation, arm="both learned")
+        ]
         gamma, beta = (mean_interval(far[name] for far in moved) for name in ("gamma", "beta"))
         remarks.append(
             f"With {activation}, learned gammas end {gamma.estimate:.2f} away from 1 and betas "
             f"{beta.estimate:.2f} away from 0 (means over units)."
         )
     rates = [
-        best_rate(records, measured, activation, arm)
+        at_best_rate(records, measured, activation=activation, arm=arm)[0]["setting"]["rate"]
         for measured in (over_training, final)
         for activation in ACTIVATIONS
         for arm in ("both learned", "both fixed")
@@ -224,7 +186,10 @@ def plot(records: list[Record]) -> Figure:
         axes[0], ((over_training, "mean over training"), (final, "at the end")), strict=True
     ):
         series = {
-            arm: [[measured(run["result"]) for run in of_arm(records, measured, a, arm)] for a in ACTIVATIONS]
+            arm: [
+                [measured(run["result"]) for run in at_best_rate(records, measured, activation=a, arm=arm)]
+                for a in ACTIVATIONS
+            ]
             for arm in ARMS
         }
         bars(panel, [f"3 x 100 {a}" for a in ACTIVATIONS], series)

@@ -21,11 +21,11 @@ from batchnorm_lab.studies.contract import (
     Unit,
     make_answer,
 )
-from batchnorm_lab.studies.curves import over_training
+from batchnorm_lab.studies.curves import at_best_rate, over_training
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import figure, legend_below, line
 from batchnorm_lab.studies.intervals import mean_interval, paired_difference, ratio_interval
-from batchnorm_lab.studies.records import at_edges, best, select
+from batchnorm_lab.studies.records import at_edges
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, batch_statistics, train
 
 if TYPE_CHECKING:
@@ -171,28 +171,9 @@ def measure(unit: list[Setting], data: ImageData, advance: Advance) -> list[Resu
     ]
 
 
-def of_arm(records: list[Record], arm: str) -> list[Record]:
-    """Return an arm's runs at the rate that learns best on validation images, one a seed.
-
-    Parameters
-    ----------
-    records : list of dict
-        Of this study.
-    arm : str
-        One of `ARMS`.
-
-    Returns
-    -------
-    list of dict
-        In the order of the seeds.
-    """
-    rate = best(records, "rate", lambda result: over_training(result, "validation"), arm=arm)
-    return select(records, arm=arm, rate=rate)
-
-
 def answer(records: list[Record]) -> Answer:
     """Return how steady the distributions are, and how well the networks learn."""
-    runs = {arm: of_arm(records, arm) for arm in ARMS}
+    runs = {arm: at_best_rate(records, over_training, arm=arm) for arm in ARMS}
     learned = {arm: [over_training(run["result"]) for run in found] for arm, found in runs.items()}
     moved, relative = (
         {arm: [run["result"][name] for run in found] for arm, found in runs.items()}
@@ -246,7 +227,7 @@ def plot(records: list[Record]) -> Figure:
     fig, axes = figure(1, 1, width=7.5, height=4.4)
     panel = axes[0][0]
     for style, (arm, name) in enumerate(ARMS.items()):
-        runs = of_arm(records, arm)
+        runs = at_best_rate(records, over_training, arm=arm)
         curves = [[100 * a for a in run["result"]["accuracy"][1:]] for run in runs]
         every = runs[0]["setting"]["every"]
         line(panel, [every * (index + 1) for index in range(len(curves[0]))], curves, style, name)

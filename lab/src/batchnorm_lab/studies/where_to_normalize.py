@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from scipy import stats
@@ -23,17 +22,16 @@ from batchnorm_lab.studies.contract import (
     Unit,
     make_answer,
 )
-from batchnorm_lab.studies.curves import final, over_training
+from batchnorm_lab.studies.curves import at_best_rate, final, over_training
 from batchnorm_lab.studies.ensemble import MLPEnsemble
 from batchnorm_lab.studies.figures import figure, legend_below, line
 from batchnorm_lab.studies.intervals import mean_interval, paired_difference, ratio_interval
-from batchnorm_lab.studies.records import at_edges, best, select
+from batchnorm_lab.studies.records import at_edges
 from batchnorm_lab.studies.training import EnsembleOptimizer, accuracy, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Curve = Callable[..., float]
 ARMS: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "inputs only": ("inputs",),
@@ -207,46 +205,6 @@ def distance_to_gaussian(units: Tensor) -> list[float]:
     return found
 
 
-def best_rate(records: list[Record], measured: Curve, **where: Any) -> float:
-    """Return the rate that is best for what is measured, on validation images, averaged over seeds.
-
-    Parameters
-    ----------
-    records : list of dict
-        Of this study.
-    measured : callable
-        `curves.final` or `curves.over_training`.
-    **where
-        Activation, arm and mini-batch.
-
-    Returns
-    -------
-    float
-        One of the rates tried.
-    """
-    return float(best(records, "rate", lambda r: measured(r, "validation"), **where))
-
-
-def of_arm(records: list[Record], measured: Curve, **where: Any) -> list[Record]:
-    """Return an arm's runs at its best rate, one a seed.
-
-    Parameters
-    ----------
-    records : list of dict
-        Of this study.
-    measured : callable
-        For what the rate is the best.
-    **where
-        Activation, arm and mini-batch.
-
-    Returns
-    -------
-    list of dict
-        In the order of the seeds.
-    """
-    return select(records, **where, rate=best_rate(records, measured, **where))
-
-
 def large(records: list[Record]) -> int:
     """Return the size of the mini-batches that all arms were trained with.
 
@@ -271,7 +229,7 @@ def answer(records: list[Record]) -> Answer:
         for activation in ACTIVATIONS:
             where = {"activation": activation, "batch": SMALL if small else large(records)}
             for measured, name in ((over_training, "mean accuracy over training"), (final, "final accuracy")):
-                runs = [of_arm(records, measured, arm=arm, **where) for arm in (better, other)]
+                runs = [at_best_rate(records, measured, arm=arm, **where) for arm in (better, other)]
                 first, second = ([measured(run["result"]) for run in arm] for arm in runs)
                 gain = paired_difference(first, second)
                 chosen += [arm[0]["setting"]["rate"] for arm in runs]
@@ -292,7 +250,7 @@ def answer(records: list[Record]) -> Answer:
 
 def _gaussian(records: list[Record], activation: str) -> Finding:
     """The reason that is given for M2: z is nearer to a Gaussian than a, in a network that is not normalized."""
-    runs = of_arm(records, final, activation=activation, arm="nothing", batch=large(records))
+    runs = at_best_rate(records, final, activation=activation, arm="nothing", batch=large(records))
     z, a = ([run["result"]["from gaussian"][name] for run in runs] for name in ("z", "a"))
     ratio = ratio_interval(a, z)
     return Finding(
@@ -311,7 +269,7 @@ def plot(records: list[Record]) -> Figure:
     batch = large(records)
     for panel, activation in zip(axes[0], ACTIVATIONS, strict=False):
         for style, arm in enumerate(ARMS):
-            runs = of_arm(records, over_training, activation=activation, arm=arm, batch=batch)
+            runs = at_best_rate(records, over_training, activation=activation, arm=arm, batch=batch)
             curves = [run["result"]["accuracy"][1:] for run in runs]
             every = runs[0]["setting"]["every"]
             steps = [every * (index + 1) for index in range(len(curves[0]))]
@@ -323,7 +281,7 @@ def plot(records: list[Record]) -> Figure:
         errors = [
             mean_interval(
                 100 - final(run["result"])
-                for run in of_arm(records, final, activation=activation, arm=arm, batch=size)
+                for run in at_best_rate(records, final, activation=activation, arm=arm, batch=size)
             )
             for arm, size in arms
         ]
