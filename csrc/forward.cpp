@@ -52,9 +52,8 @@ class ForwardStep {
     bool reduces() const { return p.parts & statistics; }
     bool maps() const { return p.parts & normalization; }
     // What is given unrounded is summed so too. In float up to 1e-5 of the variance would be lost where the mean is large
-    // beside the deviation, for the center may be some deviations off and the sums then cancel. Not under a mask, where
-    // local steps ask for unrounded statistics too and have no time for it.
-    bool wide() const { return sizeof(A) == 4 && p.exact_mean && !p.keep; }
+    // beside the deviation, for the center may be some deviations off and the sums then cancel.
+    bool wide() const { return sizeof(A) == 4 && p.exact_mean; }
     void begin() const { begin_tracking(p); }
     void end_of_thread() const {
         if (streams) k.fence();
@@ -106,10 +105,11 @@ class ForwardStep {
             Sums totals[channels_at_once];
             for (int64_t u = begin; u < end; ++u) {
                 if (u + 1 < g.units) touch(g, u + 1, first, last);
-                const Block b = block(g, u, first, last);
+                Block b = block(g, u, first, last);
+                if (!keeps(g, u, b)) continue;
                 const char *row = static_cast<const char *>(b.z);
                 for (int64_t c = first; c < last; ++c, row += b.z_step)
-                    totals[c - first] += k.wide_moments(row, b.len, static_cast<double>(center[c]), nullptr);
+                    totals[c - first] += k.wide_moments(row, b.len, static_cast<double>(center[c]), b.kept);
             }
             for (int64_t c = first; c < last; ++c) out[c - c0] += totals[c - first];
         }
@@ -194,7 +194,12 @@ class ForwardStep {
             const size_t count = std::min(chunk, b.len - j);
             const char *z_ = static_cast<const char *>(b.z) + j * static_cast<size_t>(element);
             for (size_t r = 0; r < b.rows; ++r, z_ += b.z_step) {
+                if (b.lines && !b.lines[r]) continue;
                 k.gather(z_, element, count, row);
+                if (b.kept) {  // what is left out may be NaN: the center stands in its place, whose deviation is 0
+                    const uint8_t *const bits = b.kept + static_cast<ptrdiff_t>(r) * b.kept_step + j / 8;
+                    for (size_t i = 0; i < count; ++i) row[i] = bits[i / 8] >> (i % 8) & 1 ? row[i] : from[j + i];
+                }
                 for (size_t i = 0; i < count; ++i) {
                     const double d = static_cast<double>(row[i]) - static_cast<double>(from[j + i]);
                     sum[j + i] += d;

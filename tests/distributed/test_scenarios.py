@@ -8,6 +8,7 @@ from ranks import run
 from torch import nn
 
 import batchnorm
+from batchnorm.distributed import conversation
 
 
 def rows_of(sizes, rank):
@@ -24,6 +25,39 @@ def four(kind):
 
 
 # -- values ----------------------------------------------------------------------------------------------------
+def masked_far(rank, sizes, kind, limit):
+    if rank is not None and limit is not None:
+        conversation.GATHER_LIMIT = limit
+    g = torch.Generator().manual_seed(11)
+    z = (torch.randn(sum(sizes), 3, 9, 5, generator=g, dtype=torch.float64) + 1e4).float()
+    keep = torch.rand(sum(sizes), 1, 9, 5, generator=g) < 0.7
+    keep[rows_of(sizes, 3)] = False
+    z = torch.where(keep, z, float("inf"))
+    if rank is None:
+        return z, keep
+    layer = batchnorm.BatchNorm2d(3, momentum=1.0, running_var_correction=0, process_group=four(kind))
+    mine = z[rows_of(sizes, rank)]
+    if rank == 2:
+        mine = mine.contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        layer(mine, mask=keep[rows_of(sizes, rank)])
+    return layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("world", None), ("mesh", None), ("world", 0), ("mesh", 0)])
+def test_masked_statistics_far_from_zero_are_those_of_float64(kind, limit):
+    sizes = [6, 0, 5, 2]
+    z, keep = masked_far(None, sizes, kind, limit)
+    kept = z.double().movedim(1, 0)[keep.expand_as(z).movedim(1, 0)].view(3, -1)
+    found = run(masked_far, 4, sizes, kind, limit)
+    for mean, var in found:
+        assert torch.equal(mean, found[0][0])
+        assert torch.equal(var, found[0][1])
+        # one rounding to float32
+        torch.testing.assert_close(mean.double(), kept.mean(1), rtol=2**-24, atol=0)
+        torch.testing.assert_close(var.double(), kept.var(1, correction=0), rtol=2**-24 + 1e-9, atol=0)
+
+
 def some_masked(rank, sizes, group):
     g = torch.Generator().manual_seed(5)
     z, r, dy = (torch.randn(sum(sizes), 4, 6, generator=g, dtype=torch.float64) for _ in range(3))

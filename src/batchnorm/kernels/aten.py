@@ -103,8 +103,10 @@ class AtenEngine:
     def batch_statistics(
         self, z: Tensor, axis: int, mask: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Statistics:
-        count, mean, m2 = batch_statistics(z.to(compute_dtype(z)), axis, mask)
         dtype = dtype or vector_dtype(z)
+        # what is asked for in float64 is summed so too: a mean that is rounded to float32 first has lost it
+        wide = z.to(torch.promote_types(compute_dtype(z), dtype))
+        count, mean, m2 = batch_statistics(wide, axis, mask)
         return Statistics(count, mean.to(dtype), m2.to(dtype))
 
     def normalize(
