@@ -8,6 +8,7 @@ import pytest
 from batchnorm_lab.data import load
 from batchnorm_lab.studies import figures
 from batchnorm_lab.studies.registry import STUDIES, get_study
+from batchnorm_lab.studies.small_batches import workers
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -45,6 +46,17 @@ def test_records_lead_to_an_answer_with_a_verdict_for_every_claim(runs, name):
         assert finding.claims or not finding.claim
         assert finding.text in answer.sentence
     assert "Only 2 seeds" in answer.sentence
+
+
+@pytest.mark.parametrize("level", ["default", "full"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_no_mini_batch_of_a_longer_level_is_larger_than_the_data(data, name, level):
+    images = len(data.with_validation()[0].train_images)
+    study = get_study(name)
+    for unit in study.units(study.config(level)):
+        for setting in unit.settings:
+            together = workers(setting["arm"]) if name == "small-batches" else 1
+            assert together * setting.get("batch", 1) <= images
 
 
 @pytest.mark.parametrize("name", STUDIES)

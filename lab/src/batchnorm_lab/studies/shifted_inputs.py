@@ -136,7 +136,7 @@ class Config:
     steps: int = 600
     batch: int = 60
     rate: float = 0.1
-    priors: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+    priors: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 16.0, 64.0)
     batches: tuple[int, ...] = (1, 4, 16, 64, 256)
     test_images: int = 512
 

@@ -54,7 +54,7 @@ class Config:
     epochs: int = 8
     least_steps: int = 150
     width: int = 64
-    batches: tuple[int, ...] = (2, 4, 8, 16, 64, 256)
+    batches: tuple[int, ...] = (2, 4, 8, 16, 64, 128)
     rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
@@ -336,7 +336,7 @@ STUDY = Study(
     configs={
         "quick": Config(seeds=2, epochs=1, least_steps=20, width=24, batches=(4, 64), rates=(0.1,)),
         "default": Config(),
-        "full": Config(seeds=20, epochs=60, least_steps=1000, batches=(2, 3, 4, 6, 8, 16, 32, 64, 128, 256)),
+        "full": Config(seeds=20, epochs=60, least_steps=1000, batches=(2, 3, 4, 6, 8, 16, 32, 64, 128, 192)),
     },
     units=units,
     measure=measure,
