@@ -370,9 +370,32 @@ def answer(records: list[Record]) -> Answer:
         f"Priors were chosen on validation images at severity {CHOSEN_AT}; errors are of test images.",
         f"One prior for every size of mini-batch: {one:g}"
         + (", at an edge of the grid." if one in (grid[0], grid[-1]) else ", inside the grid."),
+        _by_prior(records),
         PUBLISHED,
     ]
     return make_answer(findings, remarks)
+
+
+def _by_prior(records: list[Record]) -> str:
+    """What a default prior is chosen by: the error it leaves on each kind of image, over all mini-batches."""
+    priors = [prior for prior in records[0]["setting"]["priors"] if prior != NO_PRIOR]
+    sizes = records[0]["setting"]["batches"]
+
+    def error(prior: float, *names: str) -> str:
+        found = [
+            result[f"{name} {size} {prior:g}"]
+            for result in values(records, "validation")
+            for name in names
+            for size in sizes
+        ]
+        return f"{sum(found) / len(found):.1f}"
+
+    shifted = [f"{shift} {CHOSEN_AT}" for shift in SHIFTS]
+    told = "; ".join(
+        f"prior {prior:g}, {error(prior, *shifted)} / {error(prior, CLEAN)} / {error(prior, ONE_CLASS)}"
+        for prior in priors
+    )
+    return f"Validation error (%) over all mini-batches, shifted / clean / one class: {told}."
 
 
 def _unshifted(records: list[Record], images: str, size: int) -> Finding:
