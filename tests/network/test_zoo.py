@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-import zoo
 
 import batchnorm
+
+pytest.importorskip("transformers")
+import zoo
 
 # in seconds, together: residual sums, squeeze and excite, several branches, audio, a frozen backbone
 FAST = ["ResNet, basic", "MobileNetV2", "TextNet", "Wav2Vec2-Conformer", "Table Transformer"]
