@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # Initial weights have variance gain**2 / fan_in: 2 for ReLU (He), 1 for the others (LeCun, Glorot).
 GAINS = {"sigmoid": 1.0, "tanh": 1.0, "relu": 2**0.5}
 GOOD = 0.90
+LEARNS = 0.2
+"""Twice what guessing gives: below it at every learning rate a network has learned nothing."""
 STACK = {False: "plain", True: "batch norm"}
 """The arms without shortcuts, for every activation; with shortcuts there are those of `RESIDUAL`, with ReLU."""
 RESIDUAL: dict[tuple[bool, str], str] = {
@@ -60,7 +62,7 @@ class Config:
     width: int = 32
     depths: tuple[int, ...] = (2, 8, 15, 30, 60)
     residual_depths: tuple[int, ...] = (8, 30, 60)
-    rates: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+    rates: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def units(config: Config) -> list[Unit]:
@@ -249,12 +251,20 @@ def answer(records: list[Record]) -> Answer:
     arms = {
         (r["setting"]["activation"], r["setting"]["normalized"], r["setting"]["shortcut"]) for r in records
     }
-    chosen = [
-        best(records, activation=activation, normalized=normalized, shortcut=shortcut, depth=depth)
+    networks = [
+        {"activation": activation, "normalized": normalized, "shortcut": shortcut, "depth": depth}
         for activation, normalized, shortcut in arms
         for depth in (depths if shortcut is None else residual)
     ]
-    return make_answer(findings, [*remarks, at_edges(records, chosen)])
+    # where nothing is learned at any rate there is no best one
+    learn = [
+        rate
+        for network in networks
+        for rate in [best(records, **network)]
+        if statistics.fmean(values(records, "validation", **network, rate=rate)) > LEARNS
+    ]
+    remarks.append(f"Of {len(networks)} networks {len(networks) - len(learn)} learn at no rate.")
+    return make_answer(findings, [*remarks, at_edges(records, learn)])
 
 
 def _compared(statement: str, normed: list[float], other: list[float]) -> Finding:
