@@ -112,12 +112,20 @@ def stands_aside() -> bool:
     return (
         compiling()
         or torch._C._get_tracing_state() is not None
-        or _symbolic_trace._is_fx_tracing_flag
+        or _fx_traces()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
         or torch_module._has_any_global_hook()
     )
+
+
+def _fx_traces() -> bool:
+    # a flag of the process up to torch 2.13, one of each thread since; the public question warns
+    by_thread = getattr(_symbolic_trace, "_is_fx_tracing_tls", None)
+    if by_thread is None:
+        return _symbolic_trace._is_fx_tracing_flag
+    return getattr(by_thread, "flag", False)
 
 
 _NUMBERS = count(1)
