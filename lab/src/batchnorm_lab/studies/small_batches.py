@@ -55,7 +55,7 @@ class Config:
     least_steps: int = 150
     width: int = 64
     batches: tuple[int, ...] = (2, 4, 8, 16, 64, 128)
-    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 def workers(arm: str) -> int:
