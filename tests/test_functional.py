@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import batchnorm
 from batchnorm import reference
+from batchnorm.errors import DtypeError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.activations import ACTIVATIONS
 
@@ -309,6 +310,17 @@ def test_no_momentum_in_training_is_refused_as_torch_refuses_it():
         batch_norm(torch.randn(4, 3), mean, var, training=True, momentum=None)
     assert torch.equal(mean, torch.zeros(3))
     assert batch_norm(torch.randn(4, 3), mean, var, momentum=None).shape == (4, 3)
+
+
+@pytest.mark.parametrize("which", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_vectors_of_whole_or_complex_numbers_are_refused_by_name(which, training, dtype):
+    given = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "weight": None, "bias": None}
+    given[which] = torch.ones(3, dtype=dtype)
+    with pytest.raises(DtypeError, match=which):
+        batch_norm(torch.randn(4, 3), **given, training=training)
+    assert torch.equal(given[which], torch.ones(3, dtype=dtype))
 
 
 def test_eps_of_0_is_right_in_inference_and_refused_in_training():

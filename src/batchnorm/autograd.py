@@ -338,7 +338,7 @@ def normalize_batch(
         return _train_by_torch(z, norm, tracking)
     if compiling():
         operator = operators.training if between is None else between.operator
-        y, count, mean, var = operator(z, norm, mask, fallback)
+        y, count, mean, var, *_ = operator(z, norm, mask, fallback)
         _record(tracking, count, mean, var)
         return y
     if observed(z) or _negative(norm, tracking):

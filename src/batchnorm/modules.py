@@ -45,6 +45,7 @@ class Layer(Populations):
     bias: nn.Parameter | None
     num_features: int
     eps: float
+    pooled_network = 1  # which of the networks whose layers have these names; `synchronize` knows it
     affine: bool
     track_running_stats: bool
 
@@ -216,18 +217,13 @@ class Layer(Populations):
         if self.virtual_batch_size is not None:
             raise validation.parts_and_pooling(self.virtual_batch_size)
         # a graph asks when it runs, for it may outlive the process group that it was compiled beside
-        settings = ""  # of a graph: an option that changes becomes a symbol there, which is no text
         if not compiling() or torch.compiler.is_exporting():
             if not members(self.process_group):
                 return None
             if not self.pooled_as:
                 self.pooled_as = _path_from_stack(self) or type(self).__name__
-            from batchnorm.pooling.ranks import settings_of
-
-            settings = settings_of(
-                self.eps, self.momentum, self.running_var_correction, self.track_running_stats
-            )
         from batchnorm.pooling.graph import Pooling
+        from batchnorm.pooling.ranks import Settings
 
         return Pooling(
             self.process_group,
@@ -238,7 +234,13 @@ class Layer(Populations):
             self.on_single_value,
             self.on_nonfinite,
             mask is not None,
-            settings,
+            Settings(
+                self.eps,
+                self.momentum,
+                self.running_var_correction,
+                self.track_running_stats,
+                self.pooled_network,
+            ),
         )
 
     def _first_in_domain(self, name: str, *rest: Any) -> Tensor:

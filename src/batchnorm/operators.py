@@ -4,10 +4,16 @@ They write to nothing they are given, so a graph may run them again, reorder the
 come out as values, and what moves running statistics is ordinary torch operations beside them.
 
 An operator has no optional output: what a call has no use for is an empty tensor (`_nothing`).
+
+Where ranks pool, a step is the same operator. Messages go out in the order in which operators run, and that order
+must be the same on every rank; a compiler may reorder what does not depend on each other, and does so on a rank
+whose batch is empty. So a step that pools takes a ticket, a tensor without a meaning, and gives the next one: the
+order of the forward, and through the ticket's gradient that of the backward, is then a dependence of data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +21,7 @@ from torch import Tensor
 
 from batchnorm import steps
 from batchnorm.compiling import compiling
-from batchnorm.errors import NonFiniteError
+from batchnorm.errors import NonFiniteError, PoolingError
 from batchnorm.kernels.activations import find
 from batchnorm.kernels.aten import exact_dtype, vector_dtype
 from batchnorm.kernels.contract import Moments, Norm
@@ -27,19 +33,31 @@ from batchnorm.written import written_down
 _library = torch.library.Library("batchnorm", "DEF")
 _library.define(
     "training(Tensor z, Tensor? gamma, Tensor? beta, Tensor? residual, Tensor? mask, Tensor? fallback_mean,"
-    " Tensor? fallback_var, int axis, float eps, str? activation)"
+    " Tensor? fallback_var, Tensor? ticket, int axis, float eps, str? activation, str? pooling, float? momentum)"
     " -> (Tensor y, Tensor mean, Tensor var, Tensor center, Tensor inv_std, Tensor side, Tensor divisor,"
-    " Tensor count)"
+    " Tensor count, Tensor next)"
 )
 _library.define(
     "training_backward(Tensor dy, Tensor z, Tensor? gamma, Tensor? beta, Tensor? residual, Tensor? mask,"
-    " Tensor center, Tensor inv_std, Tensor side, Tensor divisor, int axis, float eps, str? activation,"
-    " bool with_residual)"
-    " -> (Tensor dz, Tensor dgamma, Tensor dbeta, Tensor dresidual)"
+    " Tensor center, Tensor inv_std, Tensor side, Tensor divisor, Tensor? ticket, int axis, float eps,"
+    " str? activation, str? pooling, float? momentum, bool with_residual)"
+    " -> (Tensor dz, Tensor dgamma, Tensor dbeta, Tensor dresidual, Tensor next)"
 )
 _library.define("check_finite(Tensor count, Tensor mean, Tensor var) -> (Tensor, Tensor, Tensor)")
 _library.define("check_count(Tensor count) -> Tensor")
 _library.define("first_time(Device device) -> Tensor")
+
+
+def _unknown(*_: Any) -> steps.Between | None:
+    raise PoolingError(
+        "batch_norm: a graph that pools over ranks is run where nothing knows how to.",
+        why="its statistics would be this rank's alone.",
+        mend="import batchnorm.pooling.graph first.",
+    )
+
+
+between_of: Callable[[str, float, float | None], steps.Between | None] = _unknown
+"""What pools, from what a graph holds of it; None: nobody to pool with. `batchnorm.pooling.graph` sets it."""
 
 
 def recomputing() -> bool:
@@ -55,7 +73,11 @@ def _nothing(z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return z.new_empty(0, dtype=dtype)
 
 
-def _asked(
+def _next(ticket: Tensor | None, z: Tensor) -> Tensor:
+    return _nothing(z) if ticket is None else torch.zeros_like(ticket)
+
+
+def _training(
     z: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -63,32 +85,40 @@ def _asked(
     mask: Tensor | None,
     fallback_mean: Tensor | None,
     fallback_var: Tensor | None,
+    ticket: Tensor | None,
     axis: int,
     eps: float,
     activation: str | None,
-) -> tuple[Tensor, Norm, Tensor | None, Constants | None]:
-    fallback = None if fallback_mean is None or fallback_var is None else (fallback_mean, fallback_var)
-    return z, Norm(axis, eps, gamma, beta, residual, activation), mask, fallback
-
-
-def _training(*given: Any) -> tuple[Tensor, ...]:
-    z, norm, mask, fallback = _asked(*given)
-    engine, axis = select(z), norm.axis
-    if mask is None:
+    pooling: str | None,
+    momentum: float | None,
+) -> tuple[Tensor, ...]:
+    norm, engine = Norm(axis, eps, gamma, beta, residual, activation), select(z)
+    between = None if pooling is None else between_of(pooling, eps, momentum)
+    m, dtype = values_per_channel(z.shape, axis), vector_dtype(z)
+    divisor = torch.full((), max(m, 1), dtype=exact_dtype(z.device), device=z.device)
+    count = torch.full((), m, device=z.device)
+    if between is None and mask is None and (pooling is None or m > 1):
         y, mean, var, inv_std, _ = engine.forward(z, norm, None)  # type: ignore[misc] # None is for masks
         # an engine may lay its vectors out in one piece, which torch forbids an operator's outputs
-        var, inv_std = var.clone(), inv_std.clone()
-        center, divisor = _nothing(z), _nothing(z)
-        count = torch.full((), values_per_channel(z.shape, axis), device=z.device)
+        center, var, inv_std = mean.clone(), var.clone(), inv_std.clone()
+        if pooling is None:
+            center, divisor = _nothing(z), _nothing(z)
+    elif between is None and mask is None and not m:
+        # nobody to pool with, and no value: any statistics will do
+        y, mean = torch.empty_like(z), z.new_zeros(z.shape[axis], dtype=dtype)
+        center, var, inv_std = mean.clone(), torch.ones_like(mean), torch.ones_like(mean)
     else:
-        y, told, (center, inv_std), _, divisor = steps.forward(engine, z, norm, mask, fallback, save=False)
-        dtype = vector_dtype(z)
+        fallback = None if fallback_mean is None or fallback_var is None else (fallback_mean, fallback_var)
+        y, told, (center, inv_std), _, divisor = steps.forward(
+            engine, z, norm, mask, fallback, between, save=False
+        )
         mean, var, count = told.mean.to(dtype, copy=True), told.var().to(dtype), told.count.to(torch.long)
-        divisor = divisor.clone()
+        divisor = divisor.to(exact_dtype(z.device), copy=True)
     if recomputing():
-        # asked when the graph runs: a graph that is re-run by a checkpoint tells of no value
-        count = torch.zeros_like(count)
-    return y, mean, var, center, inv_std, side_of(y, norm), divisor, count
+        # asked when the graph runs: a graph that is re-run by a checkpoint tells of no value, and of ranks not even
+        # of an empty batch
+        count = torch.full_like(count, 0 if pooling is None else -1)
+    return y, mean, var, center, inv_std, side_of(y, norm), divisor, count, _next(ticket, z)
 
 
 def side_of(y: Tensor, norm: Norm) -> Tensor:
@@ -97,18 +127,20 @@ def side_of(y: Tensor, norm: Norm) -> Tensor:
     return _nothing(y, torch.bool) if saved is None else saved
 
 
-def _training_fake(*given: Any) -> tuple[Tensor, ...]:
-    z, norm, mask, _ = _asked(*given)
+def _training_fake(z: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    residual, mask, ticket, axis, eps, activation, pooling = *rest[2:4], *rest[6:11]
 
     def vector() -> Tensor:
-        return z.new_empty(z.shape[norm.axis], dtype=vector_dtype(z))
+        return z.new_empty(z.shape[axis], dtype=vector_dtype(z))
 
+    norm = Norm(axis, eps, residual=residual, activation=activation)
     with_side = norm.needs_saved and not norm.saves_residual
     side = torch.empty_like(z, dtype=torch.bool) if with_side else _nothing(z, torch.bool)
-    center = _nothing(z) if mask is None else vector()
-    divisor = _nothing(z) if mask is None else z.new_empty((), dtype=exact_dtype(z.device))
+    center, divisor = _nothing(z), _nothing(z)
+    if mask is not None or pooling is not None:
+        center, divisor = vector(), z.new_empty((), dtype=exact_dtype(z.device))
     count = z.new_empty((), dtype=torch.long)
-    return torch.empty_like(z), vector(), vector(), center, vector(), side, divisor, count
+    return torch.empty_like(z), vector(), vector(), center, vector(), side, divisor, count, _next(ticket, z)
 
 
 def _training_backward(
@@ -122,59 +154,69 @@ def _training_backward(
     inv_std: Tensor,
     side: Tensor,
     divisor: Tensor,
+    ticket: Tensor | None,
     axis: int,
     eps: float,
     activation: str | None,
+    pooling: str | None,
+    momentum: float | None,
     with_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if side.numel():
         dy = torch.where(side, dy, dy * find(activation).slope)
+    if side.numel() or (residual is None and not z.numel()):
         activation = None
     norm = Norm(axis, eps, gamma, beta, None, activation, residual is not None)
     moments, engine = Moments(center, inv_std), select(z)
-    if mask is None:
+    if mask is None and pooling is None:
         dz, dbeta, dgamma, dresidual = engine.backward(dy, z, norm, moments, residual, True, with_residual)
     else:
+        between = None if pooling is None else between_of(pooling, eps, momentum)
         dz, dbeta, dgamma, dresidual = steps.backward(
-            engine, dy, z, norm, moments, residual, divisor, mask, None, with_residual
+            engine, dy, z, norm, moments, residual, divisor, mask, between, with_residual
         )
     if dresidual is None:
         dresidual = _nothing(z, z.dtype)
     elif dresidual is dy:
         dresidual = dy.clone()
-    return dz, dgamma, dbeta.clone(), dresidual
+    dtype = vector_dtype(z)
+    return dz, dgamma.to(dtype, copy=True), dbeta.to(dtype, copy=True), dresidual, _next(ticket, z)
 
 
-def _training_backward_fake(dy: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inv_std, with_residual = rest[5], rest[-1]
+def _training_backward_fake(dy: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inv_std, ticket, with_residual = rest[5], rest[8], rest[-1]
     dresidual = torch.empty_like(z) if with_residual else _nothing(z, z.dtype)
-    return torch.empty_like(z), torch.empty_like(inv_std), torch.empty_like(inv_std), dresidual
+    vectors = torch.empty_like(inv_std), torch.empty_like(inv_std)
+    return torch.empty_like(z), *vectors, dresidual, _next(ticket, z)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    z, gamma, beta, residual, mask, _, _, axis, eps, activation = inputs
-    _, mean, _, center, inv_std, side, divisor, _ = output
-    ctx.mark_non_differentiable(*output[1:])
-    norm = Norm(axis, eps, residual=residual, activation=activation)
+    z, gamma, beta, residual, mask, _, _, ticket, *how = inputs
+    _, mean, _, center, inv_std, side, divisor, *_ = output
+    # the next ticket has a gradient, of which the order of the backward is made
+    ctx.mark_non_differentiable(*output[1 : None if ticket is None else -1])
+    norm = Norm(how[0], how[1], residual=residual, activation=how[2])
     kept = residual if norm.saves_residual else None
-    ctx.save_for_backward(
-        z, gamma, beta, kept, mask, mean if mask is None else center, inv_std, side, divisor
-    )
-    ctx.norm = axis, eps, activation
+    center = center if center.numel() else mean
+    ctx.save_for_backward(z, gamma, beta, kept, mask, center, inv_std, side, divisor)
+    ctx.ordered, ctx.how = ticket is not None, how
 
 
-def _autograd_backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, dy: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     gamma, beta = ctx.saved_tensors[1:3]
     need = ctx.needs_input_grad
-    dz, dgamma, dbeta, dresidual = torch.ops.batchnorm.training_backward(
-        dy, *ctx.saved_tensors, *ctx.norm, need[3]
+    ticket = rest[-1] if ctx.ordered else None
+    dz, dgamma, dbeta, dresidual, following = torch.ops.batchnorm.training_backward(
+        dy, *ctx.saved_tensors, ticket, *ctx.how, need[3]
     )
     return (
         dz if need[0] else None,
         dgamma.to(gamma.dtype) if need[1] else None,
         dbeta.to(beta.dtype) if need[2] else None,
         dresidual if need[3] else None,
-        *(None,) * 6,
+        *(None,) * 3,
+        following if need[7] else None,
+        *(None,) * 5,
     )
 
 
@@ -233,29 +275,45 @@ torch.library.register_autograd(
 
 
 def training(
-    z: Tensor, norm: Norm, mask: Tensor | None = None, fallback: Constants | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalize with the batch's own statistics, as one operator in a graph.
+    z: Tensor,
+    norm: Norm,
+    mask: Tensor | None = None,
+    fallback: Constants | None = None,
+    ticket: Tensor | None = None,
+    pooling: str | None = None,
+    momentum: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Normalize with the batch's own statistics, or those of all ranks, as one operator in a graph.
 
     Parameters
     ----------
     z, norm, mask, fallback
         As for `batchnorm.autograd.normalize_batch`.
+    ticket : Tensor, shape (), or None
+        What the step before gave, where ranks pool.
+    pooling : str or None
+        What pools, for `between_of`.
+    momentum : float or None
+        Of the layer, which ranks compare.
 
     Returns
     -------
     y : Tensor
         Of the shape of ``z``.
     count : Tensor of int64, shape ()
-        Values per channel m; 0 where a checkpoint re-runs the graph, so that nothing moves twice.
+        Values per channel m. Where a checkpoint re-runs the graph, so that nothing moves twice, 0, or -1 where ranks
+        pool: neither values, nor an empty batch.
     mean, var : Tensor, shape (C,)
-        The batch's statistics, divisor m.
+        The statistics, divisor m.
+    ticket : Tensor
+        For the next step that pools.
     """
     axis, eps, gamma, beta, residual, activation, _ = norm
-    y, mean, var, *_, count = torch.ops.batchnorm.training(
-        z, gamma, beta, residual, mask, *(fallback or (None, None)), axis, eps, activation
+    constants, how = fallback or (None, None), (axis, eps, activation, pooling, momentum)
+    y, mean, var, *_, count, following = torch.ops.batchnorm.training(
+        z, gamma, beta, residual, mask, *constants, ticket, *how
     )
-    return y, count, mean, var
+    return y, count, mean, var, following
 
 
 def check_finite(

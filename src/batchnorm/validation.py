@@ -176,6 +176,13 @@ def check_tensors(z: Tensor, axis: int, vectors: tuple[Tensor | None, ...], resi
                 why="each channel has one mean, variance, weight and bias.",
                 mend=f"give {name} the shape ({z.shape[axis]},); or channel_dim=-1 if the channels come last.",
             )
+        if not vector.is_floating_point():
+            name = _VECTOR_NAMES[len(vectors)][i]
+            raise DtypeError(
+                f"batch_norm: {name} must be floating, and is {vector.dtype}.",
+                why="a mean, variance, scale or shift is no whole number, and would be cut to one.",
+                mend=f"{name}.float().",
+            )
         if vector.device != device:
             name = _VECTOR_NAMES[len(vectors)][i]
             raise DeviceError(

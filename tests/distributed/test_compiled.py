@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import batchnorm
 from batchnorm.distributed.conversation import Conversation
+from batchnorm.errors import PoolingError
 
 RAGGED = [[5, 0], [0, 4], [3, 1], [2, 6]]
 
@@ -134,6 +135,49 @@ def momentum_by_steps(rank):
 def test_a_momentum_that_changes_is_followed_by_compiled_graphs():
     first, second = run(momentum_by_steps, 2, timeout=200, limit=280)
     assert torch.equal(first, second)
+
+
+# and the words that name them; the third value of a number is a symbol of the graph
+OTHER_OPTIONS = {
+    ("eps", 1e-3): ("eps 1e-05", "eps 0.001"),
+    ("momentum", 0.2): ("momentum 0.1", "momentum 0.2"),
+    ("eps", 2e-3): ("eps 1e-05", "eps 0.002"),
+    ("momentum", None): ("momentum 0.1", "momentum None"),
+    ("running_var_correction", 0): ("running_var_correction 0",),
+    ("track_running_stats", False): ("no running statistics",),
+}
+
+
+def compiled_with_other_options(rank):
+    said = {}
+    x = torch.randn(3, 3, dtype=torch.float64)
+    net = norms("world")
+    model = torch.compile(net, fullgraph=True, backend="aot_eager")
+    model(x)
+    usual = {"eps": 1e-5, "momentum": 0.1, "running_var_correction": 1, "track_running_stats": True}
+    layer = net[3]
+    for name, other in OTHER_OPTIONS:
+        if rank:
+            setattr(layer, name, other)
+        before = layer.running_var.clone()
+        try:
+            model(x)
+        except PoolingError as error:
+            said[name, other] = str(error)
+        assert torch.equal(layer.running_var, before)
+        setattr(layer, name, usual[name])
+    model(x)
+    return said
+
+
+@pytest.mark.slow
+def test_compiled_graphs_name_the_option_in_which_ranks_differ():
+    for said in run(compiled_with_other_options, 2, timeout=200, limit=280):
+        assert set(said) == set(OTHER_OPTIONS)
+        for key, wanted in OTHER_OPTIONS.items():
+            assert "'3'" in said[key]
+            for word in (*wanted, "rank 0", "rank 1"):
+                assert word in said[key]
 
 
 def compiled_alone(rank):

@@ -98,6 +98,47 @@ def test_every_sharding_gives_the_values_of_the_whole(shape, how, extra, spread)
             torch.testing.assert_close(a, b.detach(), rtol=1e-10, atol=1e-10)
 
 
+def second_derivatives(rank, n, shape, how, spread, extra):
+    """Of every first derivative by every input, n samples; of the whole where rank is None."""
+    g = torch.Generator().manual_seed(1)
+    z, r, dy, v, u = (torch.randn((n, 6, 5), generator=g, dtype=torch.float64) for _ in range(5))
+    keep = torch.arange(5 * n).view(n, 5) % 4 > 0
+    layer, arguments = layer_of("tanh"), {}
+    if rank is not None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+
+        mesh = init_device_mesh("cpu", shape)
+        placements = [Shard(d) for d in how]
+        z, r, dy, v, u = (distribute_tensor(t, mesh, placements) for t in (z, r, dy, v, u))
+        keep = distribute_tensor(keep, mesh, [Replicate() if d == 1 else Shard(d and d - 1) for d in how])
+        layer = distribute_module(layer, mesh) if spread else layer
+    if extra:
+        arguments = {"residual": r.requires_grad_(), "mask": keep}
+    inputs = [z.requires_grad_(), layer.weight, layer.bias, *([r] if extra else [])]
+    y = layer(z, **arguments)
+    first = torch.autograd.grad(y, inputs, dy.requires_grad_(), create_graph=True)
+    directions = [v, *(torch.full_like(t, 0.7) for t in first[1:3]), *([u] if extra else [])]
+    second = torch.autograd.grad(first, [*inputs, dy], directions)
+    return [whole(t).detach() for t in (y, *first, *second)]
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("spread", [True, False], ids=["distribute_module", "plain parameters"])
+@pytest.mark.parametrize(
+    ("n", "shape", "how"),
+    [(4, (2,), [0]), (1, (2,), [0]), (4, (4,), [1]), (1, (2, 2), [0, 2]), (1, (2, 2), [0, 1])],
+    ids=str,
+)
+def test_second_derivatives_are_those_of_the_whole_where_a_shard_is_empty_too(n, shape, how, spread, extra):
+    wanted = second_derivatives(None, n, shape, how, spread, extra)
+    for found in run(
+        second_derivatives, 2 * (len(shape) == 1 and shape[0] == 2) or 4, n, shape, how, spread, extra
+    ):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def refusals(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor

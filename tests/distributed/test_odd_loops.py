@@ -271,3 +271,30 @@ def test_calibration_that_fails_on_any_rank_at_any_batch_changes_nobody(estimato
         assert kind == ("ValueError" if rank == where[0] else "PoolingError")
         assert rank == where[0] or f"rank {where[0]}" in text
         assert torch.equal(mean, found[0][2])
+
+
+def twins(rank, order, again):
+    torch.manual_seed(0)
+    a, b = (batchnorm.synchronize(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))) for _ in range(2))
+    if again and rank:  # no other network for that
+        batchnorm.synchronize(b)
+        batchnorm.synchronize(a)
+    x = torch.randn(3, 3)
+    for _ in range(3):
+        a(x), b(x)
+    before = [net[1].running_mean.clone() for net in (a, b)]
+    try:
+        for net in (a, b) if order[rank] else (b, a):
+            net(x)
+    except PoolingError as error:
+        assert all(map(torch.equal, before, [net[1].running_mean for net in (a, b)]))
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_networks_of_the_same_names_called_in_another_order_on_a_rank_are_told_apart(again):
+    for text in run(twins, 2, (True, False), again):
+        assert "network 2 of this kind" in text
+        assert text.count("'1' (forward") == 2
+    assert run(twins, 2, (False, False), again) == ["", ""]

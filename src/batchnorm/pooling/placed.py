@@ -20,7 +20,7 @@ from batchnorm.errors import ArgumentError
 from batchnorm.layout import channel_axis
 from batchnorm.pooling import is_placed
 from batchnorm.pooling.graph import Pooling
-from batchnorm.pooling.ranks import settings_of
+from batchnorm.pooling.ranks import Settings
 from batchnorm.population import Tracking
 
 
@@ -80,7 +80,7 @@ def train_shards(
         options.on_single_value,
         options.on_nonfinite,
         mask is not None,
-        settings_of(options.eps, options.momentum) if between is None else between.settings,
+        Settings(options.eps, options.momentum) if between is None else between.settings,
     )
     buffers = None if population is None else Tracking(*(_slice(t, plan) for t in population))
     moved: Any = (

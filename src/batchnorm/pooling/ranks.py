@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ pools = members
 """The groups in which there is somebody to pool with; empty: nothing stands between."""
 
 
-def settings_of(eps: float, momentum: float | None, correction: int = 1, tracks: bool = True) -> str:
-    """Put in words what must be the same on every rank for their statistics to stay the same.
+class Settings(NamedTuple):
+    """What must be the same on every rank for their statistics to stay the same.
 
     Parameters
     ----------
@@ -32,16 +32,25 @@ def settings_of(eps: float, momentum: float | None, correction: int = 1, tracks:
         What the divisor of ``running_var`` is less than m.
     tracks : bool
         Whether running statistics are kept.
-
-    Returns
-    -------
-    str
-        ``"eps 1e-05, momentum 0.1"``, and what is unusual.
+    network : int
+        Which of the networks whose layers have these names.
     """
-    text = f"eps {eps}, momentum {momentum}"
-    if correction != 1:
-        text += f", running_var_correction {correction}"
-    return text if tracks else text + ", no running statistics"
+
+    eps: float
+    momentum: float | None
+    correction: int = 1
+    tracks: bool = True
+    network: int = 1
+
+    def __str__(self) -> str:
+        # as numbers of one type: a graph's are floats, whatever the user gave
+        momentum = None if self.momentum is None else float(self.momentum)
+        text = f"eps {float(self.eps)}, momentum {momentum}"
+        if self.correction != 1:
+            text += f", running_var_correction {self.correction}"
+        if not self.tracks:
+            text += ", no running statistics"
+        return text if self.network == 1 else f"{text}, network {self.network} of this kind"
 
 
 # no name has a control character in it
@@ -72,8 +81,8 @@ class RankPooling:
         The layer's policies, which all ranks apply to the pooled values.
     masked : bool
         Whether this rank has a mask.
-    settings : str
-        What else decides how the layer normalizes and what it keeps, in words; the same on every rank.
+    settings : Settings
+        What else decides how the layer normalizes and what it keeps; the same on every rank.
     """
 
     def __init__(
@@ -82,11 +91,11 @@ class RankPooling:
         path: str,
         channels: int,
         dtype: str,
-        domain: str = "",
-        on_single_value: str = "error",
-        on_nonfinite: str = "skip",
-        masked: bool = False,
-        settings: str = "",
+        domain: str,
+        on_single_value: str,
+        on_nonfinite: str,
+        masked: bool,
+        settings: Settings,
     ) -> None:
         self.groups, self.path, self.channels, self.dtype, self.domain = groups, path, channels, dtype, domain
         self.on_single_value, self.on_nonfinite, self.masked = on_single_value, on_nonfinite, masked
@@ -197,10 +206,12 @@ class RankPooling:
             What all ranks must agree on.
         """
         policy = f"{self.on_single_value}, {self.on_nonfinite}"
-        return Call(self.path, step, self.channels, self.dtype, self.domain, policy, self.settings)
+        return Call(self.path, step, self.channels, self.dtype, self.domain, policy, str(self.settings))
 
     def dump(self) -> str:
-        """Give this object as a text, for an operator's argument.
+        """Give this object as a text, for an operator's argument, but for eps and momentum.
+
+        These may be symbols in a graph, which are no text; an operator takes them as numbers.
 
         Returns
         -------
@@ -214,26 +225,32 @@ class RankPooling:
             self.domain,
             self.on_single_value,
             self.on_nonfinite,
-            self.settings,
+            str(self.settings.correction),
+            "tracks" if self.settings.tracks else "",
+            str(self.settings.network),
         )
         # spelled out rather than dumped by a library: a compiler follows it
         return _BETWEEN.join((*words, "masked" if self.masked else "", *self.groups))
 
     @classmethod
-    def load(cls: type[_Made], text: str) -> _Made:
+    def load(cls: type[_Made], text: str, eps: float, momentum: float | None) -> _Made:
         """Make the object that `dump` wrote.
 
         Parameters
         ----------
         text : str
             What it wrote.
+        eps, momentum : float
+            What it left out.
 
         Returns
         -------
         RankPooling
             Equal to it; of the class that is asked.
         """
-        path, channels, dtype, domain, single, nonfinite, settings, masked, *groups = text.split(_BETWEEN)
+        path, channels, dtype, domain, single, nonfinite, *rest = text.split(_BETWEEN)
+        correction, tracks, network, masked, *groups = rest
+        settings = Settings(eps, momentum, int(correction), bool(tracks), int(network))
         return cls(
             tuple(groups), path, int(channels), dtype, domain, single, nonfinite, bool(masked), settings
         )

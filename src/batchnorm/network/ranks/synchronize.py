@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import nn
@@ -97,8 +99,12 @@ def synchronize(
                 at=path,
             )
 
+    number = _number(layers, names)
+
     def change(path: str, layer: nn.Module, undo: Undo) -> str:
-        return f"pools over {', '.join(_synchronize(path, layer, names, group is None))}"
+        told = f"pools over {', '.join(_synchronize(path, layer, names, group is None))}"
+        layer.pooled_network = number  # type: ignore[assignment]
+        return told
 
     return one_by_one(model, layers, change, _TOOL, "synchronized")
 
@@ -147,6 +153,27 @@ def desynchronize(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         return write_record(model, told)
 
 
+# which network of its kind a network is, kept beside its first layer: twice synchronized it is no other
+_numbers: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
+_kinds: Counter[tuple[Any, ...]] = Counter()
+
+
+def _number(layers: list[tuple[str, Any]], names: Names) -> int:
+    """What tells a network from those that have layers of the same names and sizes in the same groups.
+
+    It is the order in which this process synchronized them, which is the same on every rank that runs the same
+    code. Without it one network's numbers would be taken for another's where ranks call them in another order.
+    """
+    if not layers:
+        return 1
+    kind = names, tuple((path, layer.num_features) for path, layer in layers)
+    known = _numbers.setdefault(layers[0][1], {})
+    if kind not in known:
+        _kinds[kind] += 1
+        known[kind] = _kinds[kind]
+    return known[kind]
+
+
 def _own_group() -> Names:
     if not initialised():
         raise ArgumentError(
@@ -189,6 +216,7 @@ def _synchronize(path: str, layer: Any, names: Names, by_default: bool) -> Names
 def _desynchronize(layer: Any) -> str:
     before = layer.__dict__.pop(_BEFORE, {"group": None, "path": "", "class": None})
     layer.process_group, layer.pooled_as = before["group"], before["path"]
+    layer.__dict__.pop("pooled_network", None)
     if before["class"] is None:
         return ""
     if before["class"] is not nn.SyncBatchNorm:
