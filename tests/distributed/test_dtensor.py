@@ -127,7 +127,14 @@ def second_derivatives(rank, n, shape, how, spread, extra):
 @pytest.mark.parametrize("spread", [True, False], ids=["distribute_module", "plain parameters"])
 @pytest.mark.parametrize(
     ("n", "shape", "how"),
-    [(4, (2,), [0]), (1, (2,), [0]), (4, (4,), [1]), (1, (2, 2), [0, 2]), (1, (2, 2), [0, 1])],
+    [
+        (4, (2,), [0]),
+        (1, (2,), [0]),
+        (4, (4,), [1]),
+        (3, (4,), [2]),
+        (1, (2, 2), [0, 2]),
+        (1, (2, 2), [0, 1]),
+    ],
     ids=str,
 )
 def test_second_derivatives_are_those_of_the_whole_where_a_shard_is_empty_too(n, shape, how, spread, extra):

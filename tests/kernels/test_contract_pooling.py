@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from contract_cases import EPS, ROUNDING, Case, _knows, _np, cases
 from hypothesis import assume, given, settings
@@ -72,3 +73,13 @@ def test_what_ranks_merge_is_summed_in_float64_masked_or_not(
     assert ((found_mean - want_mean).abs() <= u * (reach + rows.abs().amax(1))).all()
     off = u * rows.abs().amax(1)  # of the mean of the two-sweep engines, whose m2 has its square besides
     assert ((found_m2 - want_m2).abs() <= 4 * u * m * reach.square() + 2 * m * off.square()).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_positions_are_counted_where_a_slice_has_no_channels(engine: Engine, masked: bool) -> None:
+    mask = torch.arange(20).view(4, 1, 5) % 4 > 0
+    count, mean, m2 = engine.batch_statistics(
+        torch.zeros(4, 0, 5), 1, mask if masked else None, torch.float64
+    )
+    assert int(count) == (15 if masked else 20)
+    assert mean.shape == m2.shape == (0,)
