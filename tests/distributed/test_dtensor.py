@@ -123,8 +123,13 @@ def second_derivatives(rank, n, shape, how, spread, extra):
     return [whole(t).detach() for t in (y, *first, *second)]
 
 
-@pytest.mark.parametrize("extra", [False, True])
-@pytest.mark.parametrize("spread", [True, False], ids=["distribute_module", "plain parameters"])
+@pytest.mark.parametrize(
+    ("spread", "extra"),
+    [
+        (True, True),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((True, False), (False, True), (False, False))),
+    ],
+)
 @pytest.mark.parametrize(
     ("n", "shape", "how"),
     [
