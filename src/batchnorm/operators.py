@@ -95,18 +95,18 @@ def _training(
     norm, engine = Norm(axis, eps, gamma, beta, residual, activation), select(z)
     between = None if pooling is None else between_of(pooling, eps, momentum)
     m, dtype = values_per_channel(z.shape, axis), vector_dtype(z)
-    divisor = torch.full((), max(m, 1), dtype=exact_dtype(z.device), device=z.device)
-    count = torch.full((), m, device=z.device)
-    if between is None and mask is None and (pooling is None or m > 1):
-        y, mean, var, inv_std, _ = engine.forward(z, norm, None)  # type: ignore[misc] # None is for masks
+    alone = between is None and mask is None
+    if alone and (pooling is None or m != 1):
+        if m or pooling is None:
+            y, mean, var, inv_std, _ = engine.forward(z, norm, None)  # type: ignore[misc] # None is for masks
+        else:  # nobody to pool with, and no value: any statistics will do
+            y, mean = torch.empty_like(z), z.new_zeros(z.shape[axis], dtype=dtype)
+            var = inv_std = torch.ones_like(mean)
         # an engine may lay its vectors out in one piece, which torch forbids an operator's outputs
-        center, var, inv_std = mean.clone(), var.clone(), inv_std.clone()
-        if pooling is None:
-            center, divisor = _nothing(z), _nothing(z)
-    elif between is None and mask is None and not m:
-        # nobody to pool with, and no value: any statistics will do
-        y, mean = torch.empty_like(z), z.new_zeros(z.shape[axis], dtype=dtype)
-        center, var, inv_std = mean.clone(), torch.ones_like(mean), torch.ones_like(mean)
+        var, inv_std = var.clone(), inv_std.clone()
+        count, center, divisor = torch.full((), m, device=z.device), _nothing(z), _nothing(z)
+        if pooling is not None:
+            center, divisor = mean.clone(), count.clamp(min=1).to(exact_dtype(z.device))
     else:
         fallback = None if fallback_mean is None or fallback_var is None else (fallback_mean, fallback_var)
         y, told, (center, inv_std), _, divisor = steps.forward(
@@ -180,7 +180,7 @@ def _training_backward(
     elif dresidual is dy:
         dresidual = dy.clone()
     dtype = vector_dtype(z)
-    return dz, dgamma.to(dtype, copy=True), dbeta.to(dtype, copy=True), dresidual, _next(ticket, z)
+    return dz, dgamma.to(dtype), dbeta.to(dtype, copy=True), dresidual, _next(ticket, z)
 
 
 def _training_backward_fake(dy: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, ...]:

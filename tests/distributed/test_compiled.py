@@ -193,5 +193,6 @@ def compiled_alone(rank):
     assert torch.equal(net[1].running_var, twin[1].running_var)
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_in_a_group_of_one_has_todays_bits():
     run(compiled_alone, 1, timeout=200, limit=200)

@@ -89,7 +89,13 @@ def ranks_of_all_cases(rank, sizes, limit):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "limit"), [*((sizes, None) for sizes in SHARDS), ([5, 0, 3], 0)], ids=lambda v: str(v)
+    ("sizes", "limit"),
+    [
+        # one with an empty rank is among the fast ones
+        *(pytest.param(s, None, marks=[] if s == [5, 0, 3] else pytest.mark.slow) for s in SHARDS),
+        ([5, 0, 3], 0),
+    ],
+    ids=lambda v: str(v),
 )
 def test_every_layout_dtype_and_activation_equals_one_process(sizes, limit):
     results = run(ranks_of_all_cases, len(sizes), sizes, limit)

@@ -116,7 +116,9 @@ class CpuEngine:
         self, z: Tensor, axis: int, mask: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Statistics:
         exact = dtype is torch.float64
-        if not z.shape[axis]:  # positions are counted where no channel is too: other ranks have their slice of them
+        if not z.shape[
+            axis
+        ]:  # positions are counted where no channel is too: other ranks have their slice of them
             return aten.engine.batch_statistics(z, axis, mask, dtype)
         found = _core.statistics(z, axis, mask, exact)
         count, mean, m2 = found or _core.statistics(_plain(z, axis)[0], axis, mask, exact)
