@@ -166,6 +166,37 @@ def test_what_is_cached_while_a_network_is_looked_at_has_numbers_afterwards(tool
         torch.testing.assert_close(changed(x), net(x))
 
 
+KEPT: dict[int, tuple[Tensor, int]] = {}
+
+
+@pytest.mark.parametrize("tool", [batchnorm.fold, batchnorm.insert], ids=lambda tool: tool.__name__)
+def test_what_a_run_cached_before_it_asked_for_a_number_has_numbers_afterwards(tool):
+    class Detector(nn.Module):
+        """Keeps what it computed in a function's cache and a dict; then asks how much there is."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            y = self.bn(self.conv(x)).relu()
+            side = y.shape[-1]
+            if side not in KEPT:
+                KEPT[side] = torch.arange(side).float() + 1, side
+            y = self.out(y + anchors(side)[0] + KEPT[side][0])
+            return y * int(KEPT[side][0].sum())
+
+    net, x = lived(Detector()), torch.randn(2, 3, 6, 6)
+    anchors.cache_clear()
+    KEPT.clear()
+    changed = tool(net, x)
+    assert all(type(tensor) is Tensor for tensor, _ in KEPT.values())
+    assert type(net(x)) is type(changed(x)) is Tensor
+    if tool is batchnorm.fold:
+        assert isinstance(changed.bn, nn.Identity)
+        torch.testing.assert_close(changed(x), net(x))
+
+
 def test_fx_sees_a_layer_and_its_activation_as_neighbours():
     net = lived(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
     folded = batchnorm.fold(net)

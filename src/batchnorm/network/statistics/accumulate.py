@@ -67,6 +67,7 @@ class accumulate:
                     mend="use one block a step.",
                     at=path,
                 )
+        self._gradients = torch.is_grad_enabled()
         begun = Undo()
         with begun, begun:
             begun.add(self._close)
@@ -78,6 +79,8 @@ class accumulate:
         with self._end, self._end:
             if kind is None:
                 self._commit()
+            else:  # Ctrl-C at the end of a no_grad block of a layer's forward left it in force
+                torch.set_grad_enabled(self._gradients)
 
     def _commit(self) -> None:
         moved = [population for layer in self._layers.values() for population in layer.populations()]

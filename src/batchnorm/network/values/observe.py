@@ -242,34 +242,32 @@ def watch(model: nn.Module, run: Run, example: Any, *, training: bool, numbers: 
         # a number that is no part of a fake tensor, a counter of batches, is counted up for real
         keep_values(end, list(model.buffers()))
         while ways.next():
+            seen = _Watch(model, View(training), ways, steps)
             try:
                 fake = FakeTensorMode(allow_non_fake_inputs=True)
                 with fake:
-                    shapes = each_tensor(fake.from_tensor, example)
-                    views.append(_watch_once(model, run, shapes, training, ways, steps))
+                    views.append(_watch_once(seen, model, run, each_tensor(fake.from_tensor, example)))
             except Exception:
                 failed = True  # the network's own check of a number, or more than shapes tell
+            _forget_fake(seen)
         if failed or ways.waiting or numbers:
             try:
-                views.append(_watch_once(model, run, own(example), training, None, steps))
+                seen = _Watch(model, View(training), None, steps)
+                views.append(_watch_once(seen, model, run, own(example)))
             except Exception:
                 if numbers or not views:
                     raise
     return views
 
 
-def _watch_once(
-    model: nn.Module, run: Run, example: Any, training: bool, ways: _Ways | None, steps: set[int]
-) -> View:
-    view = View(training)
-    seen = _Watch(model, view, ways, steps)
+def _watch_once(seen: _Watch, model: nn.Module, run: Run, example: Any) -> View:
     end = Undo(always=True)
     with end, end:
         keep_modules(end, list(model.modules()))
         for module in list(model.modules()):
             hook_before(end, module, seen.enter, first=True)
             hook_after(end, module, seen.leave, always=True)
-        set_modes(end, model, training)
+        set_modes(end, model, seen.view.training)
         stop_gradients(end)
         with seen:
             result = run(model, example)
@@ -279,8 +277,8 @@ def _watch_once(
             if entry is not None and entry[0]() is tensor:
                 entry[1].escape = "returned by the model"
         _mark_kept(seen, {id(tensor) for tensor in returned})
-    view.reads = seen.reads
-    return view
+    seen.view.reads = seen.reads
+    return seen.view
 
 
 def _mark_kept(seen: _Watch, out: set[int]) -> None:
@@ -288,8 +286,6 @@ def _mark_kept(seen: _Watch, out: set[int]) -> None:
     made = [(ref, value) for ref, value in seen.known.values() if value.producer is not None]
     if any(ref() is not None and id(ref()) not in out for ref, _ in made):
         gc.collect()
-        if seen.ways is not None:
-            _forget_fake()
     for ref, value in made:
         tensor = ref()
         if tensor is not None and id(tensor) not in out:
@@ -297,10 +293,24 @@ def _mark_kept(seen: _Watch, out: set[int]) -> None:
         del tensor
 
 
-def _forget_fake() -> None:
-    """Empty the caches of functions that keep a tensor without numbers: they would hand it to the next real run."""
-    for cache in gc.get_objects():
-        if type(cache) is functools._lru_cache_wrapper:
-            kept = [x for x in gc.get_referents(cache) if isinstance(x, (torch.Tensor, tuple, list, dict))]
-            if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(kept)):
-                cache.cache_clear()
+def _forget_fake(seen: _Watch) -> None:
+    """Take what a run, ended or not, left without numbers out of every cache: it would meet the next real run."""
+    refs = [ref for ref, _ in seen.known.values()]
+    if any(isinstance(ref(), FakeTensor) for ref in refs):
+        gc.collect()  # frames of a run that failed
+        for ref in refs:
+            if isinstance(ref(), FakeTensor):
+                _let_go(ref())
+
+
+def _let_go(kept: Any) -> None:
+    """Take a tensor, or the tuple that it is in, out of the function caches and dicts that hold it."""
+    holders = gc.get_referrers(kept)
+    packed = [kept, *(holder for holder in holders if type(holder) is tuple)]
+    for item in packed:
+        for holder in gc.get_referrers(item):
+            if type(holder) is functools._lru_cache_wrapper:
+                holder.cache_clear()
+            elif isinstance(holder, dict) and "__builtins__" not in holder:
+                for key in [key for key, value in holder.items() if value is item]:
+                    del holder[key]
