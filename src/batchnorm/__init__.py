@@ -24,12 +24,12 @@ from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 if TYPE_CHECKING:  # as below, for those who read types
     from batchnorm.network.accelerate.accelerate import accelerate, restore
     from batchnorm.network.fold.fold import fold
-    from batchnorm.network.groups import param_groups
     from batchnorm.network.insert.insert import insert
     from batchnorm.network.layers.convert import convert
-    from batchnorm.network.layers.foreign import load_flax, load_keras
     from batchnorm.network.layers.frozen import FrozenBatchNorm
+    from batchnorm.network.layers.keras_and_flax import load_flax, load_keras
     from batchnorm.network.normalized import Normalized
+    from batchnorm.network.param_groups import param_groups
     from batchnorm.network.ranks.synchronize import desynchronize, synchronize
     from batchnorm.network.ranks.together import Joining, together
     from batchnorm.network.record import Record, record

@@ -14,7 +14,7 @@ from zoo_images import IMAGES
 from zoo_sequences import SEQUENCES
 
 import batchnorm
-from batchnorm.network.accelerate import call
+from batchnorm.network.accelerate import norm_calls
 from batchnorm.network.values.find import find_flow
 from batchnorm.network.values.norms import is_frozen_lookalike
 
@@ -120,9 +120,8 @@ def look(name: str) -> dict[str, Any]:
     exact, fast = (copy.deepcopy(model).double() if wide else copy.deepcopy(model) for _ in range(2))
     found = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     frozen = [m for m in model.modules() if is_frozen_lookalike(m)]
-    call.ALONE = (
-        call.JOINED
-    ) = -1  # our kernels compute, though the networks are so small that torch's would serve
+    # our kernels compute, though the networks are so small that torch's would serve
+    norm_calls.ALONE = norm_calls.JOINED = -1
     batchnorm.accelerate(fast)
     result: dict[str, Any] = {
         "wide": wide,

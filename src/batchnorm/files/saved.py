@@ -16,7 +16,7 @@ from batchnorm.errors import ArgumentError, TraceError
 from batchnorm.files.opened import Opened, inputs_of, quiet
 from batchnorm.network.inputs import copied, run
 from batchnorm.network.layers.convert import convert
-from batchnorm.network.made_up import guesses
+from batchnorm.network.made_up_inputs import guesses
 
 PROGRAM, ONNX = ".pt2", ".onnx"
 _ONNX_NEEDS = ("onnx", "onnxscript")

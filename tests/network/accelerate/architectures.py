@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm
-from batchnorm.network.accelerate import call
+from batchnorm.network.accelerate import norm_calls
 
 # name of timm: side of the input, where 64 is too small or the network is made for one size
 ARCHITECTURES = {
@@ -65,7 +65,7 @@ def look(name: str) -> dict[str, Any]:
         They differ.
     """
     # our kernels compute, though the maps are so small that torch's would serve
-    call.ALONE = call.JOINED = -1
+    norm_calls.ALONE = norm_calls.JOINED = -1
     torch._dynamo.reset()
     given, x = build(name)
     model = copy.deepcopy(given)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from batchnorm.network.accelerate import call
+from batchnorm.network.accelerate import norm_calls
 
 
 @pytest.fixture(autouse=True)
 def _our_kernels_whatever_the_size(monkeypatch):
-    monkeypatch.setattr(call, "ALONE", -1)
-    monkeypatch.setattr(call, "JOINED", -1)
+    monkeypatch.setattr(norm_calls, "ALONE", -1)
+    monkeypatch.setattr(norm_calls, "JOINED", -1)

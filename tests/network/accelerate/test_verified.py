@@ -10,10 +10,10 @@ from torch import nn
 from batchnorm import accelerate, record
 from batchnorm.errors import VerificationError
 from batchnorm.kernels import cpu
-from batchnorm.network.accelerate import call
+from batchnorm.network.accelerate import norm_calls
 
 # as they are, before anything is changed for a test
-_ALONE, _JOINED, _Tracking = call.ALONE, call.JOINED, call.Tracking
+_ALONE, _JOINED, _Tracking = norm_calls.ALONE, norm_calls.JOINED, norm_calls.Tracking
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,9 @@ def test_a_wrong_kernel_is_found_and_the_model_stays_as_it_was(what, monkeypatch
     model = prepared(NETWORKS["functional"][0])
     before = copy.deepcopy(model.state_dict())
     if what == "statistics":
-        monkeypatch.setattr(call, "Tracking", lambda m, v, **k: _Tracking(m, v, **{**k, "momentum": 0.2}))
+        monkeypatch.setattr(
+            norm_calls, "Tracking", lambda m, v, **k: _Tracking(m, v, **{**k, "momentum": 0.2})
+        )
     else:
         method = "_normalize" if what == "output" else "_backward"
         original = getattr(cpu.CpuEngine, method)
@@ -108,8 +110,8 @@ def test_random_state_modes_and_gradients_of_the_model_stay():
 @pytest.mark.parametrize("size", [6, 34])
 def test_small_inputs_are_torchs_and_large_ones_ours(size, monkeypatch):
     # 4 x 4 x size x size values: below and above what a call costs
-    monkeypatch.setattr(call, "ALONE", _ALONE)
-    monkeypatch.setattr(call, "JOINED", _JOINED)
+    monkeypatch.setattr(norm_calls, "ALONE", _ALONE)
+    monkeypatch.setattr(norm_calls, "JOINED", _JOINED)
     served = []
 
     def noting(run):

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.jit import ScriptModule
 
-from batchnorm.network.accelerate.running import Accelerated, Compiled, compiled_for
-from batchnorm.network.accelerate.told import TOOL
+from batchnorm.network.accelerate.compiled import Accelerated, Compiled, compiled_for
+from batchnorm.network.accelerate.rows import TOOL
 from batchnorm.network.accelerate.verify import verify
 from batchnorm.network.inputs import Forward, check_forward, copied
 from batchnorm.network.model import check_model, unwrapped

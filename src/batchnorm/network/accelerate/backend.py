@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from batchnorm.compiling import MARK
 from batchnorm.functional import infer_step, train_step
 from batchnorm.network.accelerate.fuse import fuse
-from batchnorm.network.accelerate.told import Graph, first_line
+from batchnorm.network.accelerate.rows import Graph, first_line
 
 torch._dynamo.allow_in_graph([train_step, infer_step])
 

@@ -11,9 +11,9 @@ from torch import fx
 
 from batchnorm.kernels.activations import PIECEWISE_LINEAR
 from batchnorm.network.accelerate import checkpoint, patterns
-from batchnorm.network.accelerate.call import torch_is_faster
 from batchnorm.network.accelerate.effects import EVERYTHING, is_mode_change, overlap, storages, value, written
-from batchnorm.network.accelerate.told import Found
+from batchnorm.network.accelerate.norm_calls import torch_is_faster
+from batchnorm.network.accelerate.rows import Found
 
 _OURS = "batchnorm"
 """Among what is noted of a step: it is a call that stands for several."""

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from batchnorm.functional import Options, infer_step, train_step
-from batchnorm.network.accelerate.call import ours, torch_inference, torch_training
 from batchnorm.network.accelerate.effects import arguments, storages, value, written
+from batchnorm.network.accelerate.norm_calls import ours, torch_inference, torch_training
 from batchnorm.population import Tracking
 
 DEVICES = ("cpu",)

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from batchnorm.errors import ArgumentError
-from batchnorm.network.fold.check import check
-from batchnorm.network.fold.ways import Folding
+from batchnorm.network.fold.neighbours import Folding
+from batchnorm.network.fold.verify import verify
 from batchnorm.network.inputs import Forward, check_forward, copied
 from batchnorm.network.model import Where, chooser, to_change
 from batchnorm.network.record import write_record
@@ -118,7 +118,7 @@ def fold(
         work = Folding(flow, result.eval(), chosen, certain=example is not None)
         work.fold_all()
         if work.steps:
-            check(before, flow.example, result, work.steps, forward)
+            verify(before, flow.example, result, work.steps, forward)
             refuse_to_save(result)
         return write_record(result, work.record())
 

@@ -20,7 +20,7 @@ from torch import nn
 from batchnorm.errors import BatchNormError, TraceError
 from batchnorm.network.compare import tensors_in
 from batchnorm.network.inputs import Forward, run
-from batchnorm.network.made_up import guesses
+from batchnorm.network.made_up_inputs import guesses
 from batchnorm.network.values.norms import is_batch_norm
 from batchnorm.network.values.observe import watch
 from batchnorm.network.values.values import Call, Value, View

@@ -19,7 +19,7 @@ Step = tuple[str, str, str]
 _WAYS = {"before": fold_into_before, "after": fold_into_after, "norm": fold_into_norm}
 
 
-def check(
+def verify(
     model: nn.Module, example: Any, result: nn.Module, steps: list[Step], forward: Forward = None
 ) -> None:
     """Compare the answers of a folded network with those of the given one.

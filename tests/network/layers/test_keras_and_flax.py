@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from batchnorm.errors import ArgumentError, DataError, ShapeError
-from batchnorm.network.layers.foreign import load_flax, load_keras
+from batchnorm.network.layers.keras_and_flax import load_flax, load_keras
 from batchnorm.network.record import record
 
 RNG = np.random.default_rng(0)

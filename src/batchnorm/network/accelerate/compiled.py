@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from batchnorm.compiling import MARK, compiling
 from batchnorm.network.accelerate.methods import Methods
-from batchnorm.network.accelerate.told import TOOL, Graph, first_line, rows
+from batchnorm.network.accelerate.rows import TOOL, Graph, first_line, rows
 from batchnorm.network.record import LEFT_ALONE, Row
 
 _COUNTS_IN_PYTHON = (

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, DataError, ShapeError
 from batchnorm.network.inputs import target
-from batchnorm.network.layers.foreign_order import in_order
+from batchnorm.network.layers.keras_and_flax_order import in_order
 from batchnorm.network.model import check_number, unwrapped
 from batchnorm.network.record import Record, write_record
 from batchnorm.network.undo import Undo, keep_modules, keep_values, write_together
@@ -89,7 +89,7 @@ def load_keras(
     Examples
     --------
     >>> import numpy as np, torch
-    >>> from batchnorm.network.layers.foreign import load_keras
+    >>> from batchnorm.network.layers.keras_and_flax import load_keras
     >>> c = {"gamma": np.ones(2), "beta": np.zeros(2), "moving_mean": np.ones(2), "moving_variance": np.ones(2)}
     >>> layer = load_keras(torch.nn.BatchNorm1d(2), c)
     >>> layer.eps, round(layer.momentum, 3)
@@ -167,7 +167,7 @@ def load_flax(
     Examples
     --------
     >>> import numpy as np, torch
-    >>> from batchnorm.network.layers.foreign import load_flax
+    >>> from batchnorm.network.layers.keras_and_flax import load_flax
     >>> v = {"params": {"scale": np.ones(2), "bias": np.zeros(2)},
     ...      "batch_stats": {"mean": np.ones(2), "var": np.ones(2)}}
     >>> layer = load_flax(torch.nn.BatchNorm1d(2), v)
