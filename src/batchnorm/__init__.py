@@ -44,7 +44,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "accelerate.accelerate": ("accelerate", "restore"),
     "fold.fold": ("fold",),
-    "groups": ("param_groups",),
+    "param_groups": ("param_groups",),
     "insert.insert": ("insert",),
     "layers": ("FrozenBatchNorm", "convert", "load_flax", "load_keras"),
     "normalized": ("Normalized",),

@@ -18,13 +18,15 @@ one, the comparison tells nothing, and says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.network.inputs import copied, each_tensor
+from batchnorm.network.inputs import Forward, copied, each_tensor, own, run
+from batchnorm.network.undo import Undo, hook_after, set_modes, stop_gradients
 
 ROOM, FLOOR = 64, 16
 _TELLING = 0.02  # where noise may be larger than this, an error could hide in it
@@ -225,12 +227,12 @@ def compared(given: Answers, other: Answers, repeats: Iterable[tuple[int, Answer
     off = {place: distance(other, place) for place in given if place in other}
     floor = {place: FLOOR * (epsilon(given[place]) or 0.0) for place in off}
     allowed = dict(floor)
-    for room, run in repeats:
+    for room, shaken in repeats:
         if all(off[place] <= allowed[place] for place in off):
             break
         for place in off:
             if room == ROOM or place.startswith(GRADIENT):
-                allowed[place] = max(allowed[place], floor[place] + room * distance(run, place))
+                allowed[place] = max(allowed[place], floor[place] + room * distance(shaken, place))
     told = None
     for place, most in allowed.items():
         if off[place] > most:
@@ -305,3 +307,43 @@ def named(leaves: Iterable[tuple[str, Any]]) -> Answers:
         times[place] = times.get(place, 0) + 1
         found[f"{place} #{times[place]}" if times[place] > 1 else place] = leaf
     return found
+
+
+def answers(
+    network: nn.Module, example: Any, tool: str, forward: Forward = None, places: Iterable[str] = ()
+) -> Answers:
+    """What a network gives in eval mode, without gradients, and what modules at some places in it do.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        It is run; its modes are put back.
+    example : object
+        Its input; not written to.
+    tool : str
+        Who asks, for messages.
+    forward : callable, optional
+        ``forward(network, example)`` calls it.
+    places : iterable of str
+        Paths of modules whose outputs are wanted too.
+
+    Returns
+    -------
+    dict
+        A leaf for each place.
+    """
+    seen: list[tuple[str, Any]] = []
+    end = Undo(always=True)
+    with end, end:
+        for n, place in enumerate(places):
+            hook_after(end, network.get_submodule(place), partial(_note, seen, n))
+        set_modes(end, network, False)
+        stop_gradients(end)
+        answer = kept(run(network, own(example), tool, forward))
+    return named([*seen, *((f"the answer{path}", leaf) for path, leaf in answer)])
+
+
+def _note(
+    seen: list[tuple[str, Any]], n: int, module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> None:
+    seen += [(f"{n}{path}", leaf) for path, leaf in kept(output)]

@@ -232,6 +232,35 @@ def test_a_generator_computes_no_more_than_it_is_asked_for():
     assert "accelerate its parts" in record(model).reason("")
 
 
+@pytest.mark.parametrize("kind", ["dict", "dataclass"])
+def test_a_generator_that_is_returned_runs_as_plain_torch_from_the_second_call_on(kind):
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+            self.second = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+
+        def later(self, y):
+            yield self.second(y)
+
+        def forward(self, x):
+            y = self.first(x)
+            return {"y": y, "later": self.later(y)} if kind == "dict" else Output(y, self.later(y))
+
+    model, plain = twins(Returning)
+    with pytest.warns(UserWarning, match="returns a generator"):
+        ours = model(image())
+    theirs = plain(image())
+    for answer in (ours, theirs):
+        (later,) = answer["later"] if kind == "dict" else answer.hidden
+        assert later.shape == (4, 3, 6, 6)
+    for network in (model, plain):
+        network(image())  # what is returned is never asked for anything
+    for given, wanted in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(given, wanted)
+    assert "accelerate its parts" in record(model).reason("")
+
+
 def test_python_that_depends_on_data_breaks_the_graph_and_parts_are_called_together():
     class Depends(nn.Module):
         def __init__(self):

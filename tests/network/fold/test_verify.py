@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import batchnorm
 from batchnorm.errors import ArgumentError, VerificationError
 from batchnorm.network.compare import apart
-from batchnorm.network.fold import check as fold_check
-from batchnorm.network.fold import ways as folding
+from batchnorm.network.fold import neighbours as folding
+from batchnorm.network.fold import verify as fold_verify
 
 
 class Answer:
@@ -99,7 +99,7 @@ def test_rounding_is_told_from_error_in_every_dtype(dtype, monkeypatch):
 
     right = folding.fold_into_before
     monkeypatch.setattr(folding, "fold_into_before", wrong)
-    monkeypatch.setitem(fold_check._WAYS, "before", wrong)
+    monkeypatch.setitem(fold_verify._WAYS, "before", wrong)
     with pytest.raises(VerificationError):
         batchnorm.fold(net, x)
 
@@ -167,30 +167,64 @@ def test_what_is_cached_while_a_network_is_looked_at_has_numbers_afterwards(tool
 
 
 KEPT: dict[int, tuple[Tensor, int]] = {}
+GRID: Tensor | None = None
 
 
+class Grids:
+    def __init__(self):
+        self.made = None
+
+    def of(self, side):
+        if self.made is None:
+            self.made = torch.arange(side).float() + 1
+        return self.made
+
+
+def by_dict(side):
+    if side not in KEPT:
+        KEPT[side] = torch.arange(side).float() + 1, side
+    return KEPT[side][0]
+
+
+def by_module(side):
+    global GRID
+    if GRID is None:
+        GRID = torch.arange(side).float() + 1
+    return GRID
+
+
+@pytest.mark.parametrize("asks", [False, True], ids=["", "and a number is asked for"])
+@pytest.mark.parametrize("given", [False, True], ids=["made up", "example"])
+@pytest.mark.parametrize("keeper", ["function", "dict", "module", "class", "object"])
 @pytest.mark.parametrize("tool", [batchnorm.fold, batchnorm.insert], ids=lambda tool: tool.__name__)
-def test_what_a_run_cached_before_it_asked_for_a_number_has_numbers_afterwards(tool):
+def test_whatever_keeps_what_a_run_computed_keeps_numbers(tool, keeper, given, asks):
     class Detector(nn.Module):
-        """Keeps what it computed in a function's cache and a dict; then asks how much there is."""
+        made = None
 
         def __init__(self):
             super().__init__()
             self.conv, self.bn, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+            self.grids = Grids()
+
+        def of_class(self, side):
+            if Detector.made is None:
+                Detector.made = torch.arange(side).float() + 1
+            return Detector.made
 
         def forward(self, x):
             y = self.bn(self.conv(x)).relu()
-            side = y.shape[-1]
-            if side not in KEPT:
-                KEPT[side] = torch.arange(side).float() + 1, side
-            y = self.out(y + anchors(side)[0] + KEPT[side][0])
-            return y * int(KEPT[side][0].sum())
+            keepers = {"function": lambda side: anchors(side)[0], "dict": by_dict, "module": by_module}
+            keepers |= {"class": self.of_class, "object": self.grids.of}
+            grid = keepers[keeper](8)[: y.shape[-1]]
+            grid = torch.nn.functional.pad(grid, (0, y.shape[-1] - grid.shape[-1]))
+            return self.out(y + grid) * (int(grid.sum()) if asks else 1)
 
-    net, x = lived(Detector()), torch.randn(2, 3, 6, 6)
-    anchors.cache_clear()
+    global GRID
+    GRID = None
     KEPT.clear()
-    changed = tool(net, x)
-    assert all(type(tensor) is Tensor for tensor, _ in KEPT.values())
+    anchors.cache_clear()
+    net, x = lived(Detector()), torch.randn(2, 3, 6, 6)
+    changed = tool(net, x) if given else tool(net)
     assert type(net(x)) is type(changed(x)) is Tensor
     if tool is batchnorm.fold:
         assert isinstance(changed.bn, nn.Identity)

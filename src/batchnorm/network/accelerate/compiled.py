@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
 
 from batchnorm.compiling import MARK, compiling
 from batchnorm.network.accelerate.methods import Methods
@@ -46,10 +47,10 @@ class Accelerated:
         compiled.models.add(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.given_up and _computes_later(self.model.forward):
+        if not self.given_up and (self.compiled.hastened or _computes_later(self.model.forward)):
             self.given_up = (
-                "its forward computes as it is asked (a generator or coroutine), where Dynamo would compute all of "
-                "it at once: accelerate its parts"
+                "its forward computes as it is asked (it is, or returns, a generator or coroutine), where Dynamo "
+                "computes all of it at once: accelerate its parts"
             )
         if self.given_up or stands_aside():
             return self.model._call_impl(*args, **kwargs)
@@ -60,7 +61,15 @@ class Accelerated:
             compiled.models.add(self.model)
         seen, began = compiled.events, time.perf_counter()
         try:
-            return compiled.run(self.model, *args, **kwargs)
+            result = compiled.run(self.model, *args, **kwargs)
+            if compiled.events != seen and _holds_iterator(result):
+                compiled.hastened = True
+                warnings.warn(
+                    f"accelerate: {compiled.name} returns a generator, and in this call Dynamo computed all of it at "
+                    "once. From now on it runs as plain torch: accelerate its parts.",
+                    stacklevel=2,
+                )
+            return result
         except torch._dynamo.exc.TorchDynamoException as error:
             if not compiled.is_of_whole_call(error):
                 # a part has run, and must not run again
@@ -101,6 +110,15 @@ class Accelerated:
 def _computes_later(forward: Any) -> bool:
     code = getattr(forward, "__code__", None)
     return code is not None and bool(code.co_flags & _LATER)
+
+
+def _holds_iterator(result: Any) -> bool:
+    """Whether there is in an answer what Dynamo puts in a generator's place."""
+    leaves = pytree.tree_leaves(result)
+    leaves += pytree.tree_leaves(
+        [vars(x) for x in leaves if not isinstance(x, torch.Tensor) and hasattr(x, "__dict__")]
+    )
+    return any(isinstance(leaf, (type(iter([])), type(iter(())))) for leaf in leaves)
 
 
 def _plain() -> None:
@@ -148,6 +166,7 @@ class Compiled:
         self.seconds = 0.0
         self.events = 0
         self.full = False
+        self.hastened = False
         self.methods = Methods()
         self.models: WeakSet[nn.Module] = WeakSet()
         self._failures: list[tuple[types.CodeType, str]] = []

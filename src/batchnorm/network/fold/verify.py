@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from batchnorm.errors import VerificationError
-from batchnorm.network.compare import Answers, compared, kept, named, repeats
+from batchnorm.network.compare import Answers, answers, compared, repeats
 from batchnorm.network.fold.affine import affine_of, fold_into_after, fold_into_before, fold_into_norm
-from batchnorm.network.inputs import Forward, copied, doubled, own, run
-from batchnorm.network.modes import modes
+from batchnorm.network.inputs import Forward, copied, doubled
 
 Step = tuple[str, str, str]
 """Way, path of the norm, path of what took it."""
@@ -57,7 +56,7 @@ def verify(
                     def ask(network: nn.Module, x: Any, side: int = 0, pairs: Any = pairs) -> Answers:
                         # the same state for each run, so that random parts draw the same
                         torch.set_rng_state(state)
-                        return _answers(network, x, [pair[side] for pair in pairs], forward)
+                        return answers(network, x, "fold", forward, [pair[side] for pair in pairs])
 
                     again = repeats(pair[0], asked, ask, concerned)
                     found = compared(ask(pair[0], asked), ask(pair[1], asked, 1), again)
@@ -85,24 +84,6 @@ def verify(
         why="they hold no numbers, or other ones each time, and no folded layer's output tells more.",
         mend="give an example for which the network gives the same numbers twice.",
     )
-
-
-def _answers(network: nn.Module, example: Any, places: list[str], forward: Forward) -> Answers:
-    """What a network gives in eval mode, and what the modules at some places in it do."""
-    seen: list[tuple[str, Any]] = []
-    handles = [
-        network.get_submodule(place).register_forward_hook(
-            lambda layer, args, output, n=n: seen.extend((f"{n}{p}", x) for p, x in kept(output))
-        )
-        for n, place in enumerate(places)
-    ]
-    try:
-        with torch.no_grad(), modes(network, False):
-            answer = kept(run(network, own(example), "fold", forward))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return named([*seen, *((f"the answer{path}", leaf) for path, leaf in answer)])
 
 
 def _places(result: nn.Module, step: Step) -> tuple[str, str]:

@@ -11,21 +11,18 @@ from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, DataError, TraceError, VerificationError
 from batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.network.compare import Answers, Finding, compared, kept, named, repeats
+from batchnorm.network.compare import Answers, Finding, answers, compared, repeats
 from batchnorm.network.inputs import (
     Forward,
     batches_of,
     check_forward,
     copied,
     move_to,
-    own,
-    run,
     run_each,
     single_device,
 )
 from batchnorm.network.insert.hidden import Verdict, ends_residual_branch, judge
 from batchnorm.network.model import Where, check_number, chooser, to_change
-from batchnorm.network.modes import modes
 from batchnorm.network.normalized import Normalized
 from batchnorm.network.progress import watched
 from batchnorm.network.record import Record, write_record
@@ -341,8 +338,7 @@ def _verify(model: nn.Module, result: nn.Module, example: Any, forward: Forward,
 
     def ask(network: nn.Module, x: Any) -> Answers:
         torch.set_rng_state(state)
-        with torch.no_grad(), modes(network, False):
-            return named(kept(run(network, own(x), _TOOL, forward)))
+        return answers(network, x, _TOOL, forward)
 
     try:
         before, after = ask(model, example), ask(result, example)

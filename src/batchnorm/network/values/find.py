@@ -22,7 +22,7 @@ from batchnorm.network.compare import tensors_in
 from batchnorm.network.inputs import Forward, run
 from batchnorm.network.made_up_inputs import guesses
 from batchnorm.network.values.norms import is_batch_norm
-from batchnorm.network.values.observe import watch
+from batchnorm.network.values.observe import run_once, watch
 from batchnorm.network.values.values import Call, Value, View
 
 _NO_INPUT = "no input could be made up for it; pass example="
@@ -235,6 +235,8 @@ def find_flow(
     state, call = torch.get_rng_state(), partial(run, tool=tool, forward=forward)
     try:
         if example is not None:
+            with suppress(Exception):  # what fails is told by the run that is watched
+                run_once(model, call, example, modes_needed[0])
             return Flow(model, _views(model, example, modes_needed, call, first=True), example)
         found: list[Any] = []
         views: list[View] = []
@@ -243,7 +245,9 @@ def find_flow(
                 break
             with suppress(Exception):
                 # fake tensors may go where numbers do not, and the second input is there for its size alone
-                views += _views(model, guess, modes_needed, call, first=not found, numbers=not found)
+                if not found:
+                    run_once(model, call, guess, modes_needed[0])
+                views += _views(model, guess, modes_needed, call, first=not found)
                 found.append(guess)
         return Flow(model, views, found[0] if found else None, "" if found else _NO_INPUT)
     except BatchNormError:
@@ -264,9 +268,8 @@ def _views(
     call: Callable[..., Any],
     *,
     first: bool,
-    numbers: bool = False,
 ) -> list[View]:
-    views = watch(model, call, example, training=modes_needed[0], numbers=numbers)
+    views = watch(model, call, example, training=modes_needed[0])
     for training in modes_needed[1:]:
         with suppress(Exception):
             views += watch(model, call, example, training=training)

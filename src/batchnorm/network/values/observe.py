@@ -208,7 +208,34 @@ def _storage(tensor: torch.Tensor) -> int:
         return -id(tensor)
 
 
-def watch(model: nn.Module, run: Run, example: Any, *, training: bool, numbers: bool = False) -> list[View]:
+def run_once(model: nn.Module, run: Run, example: Any, training: bool) -> None:
+    """Run a model as its user would, before it is watched: what it keeps for later runs then has numbers.
+
+    Parameters
+    ----------
+    model, run, example, training
+        As for :func:`watch`. Modes, buffers, attributes and parts are put back; caches in classes, modules
+        of Python and other objects stay, as after any call.
+
+    Raises
+    ------
+    Exception
+        Whatever the run raises.
+    """
+    end = Undo(always=True)
+    with end, end:
+        keep_values(end, list(model.buffers()))
+        _prepare(end, model, training)
+        run(model, own(example))
+
+
+def _prepare(end: Undo, model: nn.Module, training: bool) -> None:
+    keep_modules(end, list(model.modules()))
+    set_modes(end, model, training)
+    stop_gradients(end)
+
+
+def watch(model: nn.Module, run: Run, example: Any, *, training: bool) -> list[View]:
     """Run a model without gradients and write down how values flow: a view for every way that it goes.
 
     Parameters
@@ -221,8 +248,6 @@ def watch(model: nn.Module, run: Run, example: Any, *, training: bool, numbers: 
         An input; its tensors are not written to.
     training : bool
         The mode to run in.
-    numbers : bool, default False
-        Run it on numbers as well, also where fake tensors tell everything.
 
     Returns
     -------
@@ -250,12 +275,12 @@ def watch(model: nn.Module, run: Run, example: Any, *, training: bool, numbers: 
             except Exception:
                 failed = True  # the network's own check of a number, or more than shapes tell
             _forget_fake(seen)
-        if failed or ways.waiting or numbers:
+        if failed or ways.waiting:
             try:
                 seen = _Watch(model, View(training), None, steps)
                 views.append(_watch_once(seen, model, run, own(example)))
             except Exception:
-                if numbers or not views:
+                if not views:
                     raise
     return views
 
@@ -263,12 +288,10 @@ def watch(model: nn.Module, run: Run, example: Any, *, training: bool, numbers: 
 def _watch_once(seen: _Watch, model: nn.Module, run: Run, example: Any) -> View:
     end = Undo(always=True)
     with end, end:
-        keep_modules(end, list(model.modules()))
+        _prepare(end, model, seen.view.training)
         for module in list(model.modules()):
             hook_before(end, module, seen.enter, first=True)
             hook_after(end, module, seen.leave, always=True)
-        set_modes(end, model, seen.view.training)
-        stop_gradients(end)
         with seen:
             result = run(model, example)
         returned = list(tensors_in(result))
@@ -311,6 +334,6 @@ def _let_go(kept: Any) -> None:
         for holder in gc.get_referrers(item):
             if type(holder) is functools._lru_cache_wrapper:
                 holder.cache_clear()
-            elif isinstance(holder, dict) and "__builtins__" not in holder:
+            elif isinstance(holder, dict) and not holder.keys() & {"__builtins__", "__module__"}:
                 for key in [key for key, value in holder.items() if value is item]:
                     del holder[key]
