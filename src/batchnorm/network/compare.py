@@ -227,8 +227,9 @@ def compared(given: Answers, other: Answers, repeats: Iterable[tuple[int, Answer
     off = {place: distance(other, place) for place in given if place in other}
     floor = {place: FLOOR * (epsilon(given[place]) or 0.0) for place in off}
     allowed = dict(floor)
-    for room, shaken in repeats:
-        if all(off[place] <= allowed[place] for place in off):
+    while any(off[place] > allowed[place] for place in off):
+        room, shaken = next(repeats, (0, None))
+        if shaken is None:
             break
         for place in off:
             if room == ROOM or place.startswith(GRADIENT):

@@ -84,6 +84,9 @@ def fold(
     Without an example, a Linear layer followed by a norm over axis 1 is folded for (N, C) data, and the
     :class:`FoldedNorm` in the norm's place refuses other data.
 
+    Looked at is the forward with the attributes that the modules have now. If the forward takes another way by
+    an attribute that is set later (``net.return_features = True``), set it before, and fold again.
+
     The copy is for inference. To train on, keep the given network.
 
     References

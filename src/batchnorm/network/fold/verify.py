@@ -29,7 +29,7 @@ def verify(
     Parameters
     ----------
     model : torch.nn.Module
-        The given network; a copy of it is run.
+        The given network, or a copy of it; it is run.
     example : Tensor, tuple or dict
         What both are asked.
     result : torch.nn.Module
@@ -42,8 +42,7 @@ def verify(
     VerificationError
         They differ by more than rounding, the folded one fails, or nothing can be compared.
     """
-    # what was looked at may keep tensors of that run without numbers, in a cache by instance
-    model, state = copied(model), torch.get_rng_state()
+    state = torch.get_rng_state()
     concerned = [path for _, *paths in steps for path in paths]
     try:
         for inner in (False, True):
