@@ -168,6 +168,7 @@ def test_what_is_cached_while_a_network_is_looked_at_has_numbers_afterwards(tool
 
 KEPT: dict[int, tuple[Tensor, int]] = {}
 GRID: Tensor | None = None
+TRAINED: Tensor | None = None
 
 
 class Grids:
@@ -193,6 +194,13 @@ def by_module(side):
     return GRID
 
 
+def by_mode(side):
+    global TRAINED
+    if TRAINED is None:
+        TRAINED = torch.arange(side).float()
+    return TRAINED
+
+
 @pytest.mark.parametrize("asks", [False, True], ids=["", "and a number is asked for"])
 @pytest.mark.parametrize("given", [False, True], ids=["made up", "example"])
 @pytest.mark.parametrize("keeper", ["function", "dict", "module", "class", "object"])
@@ -216,16 +224,18 @@ def test_whatever_keeps_what_a_run_computed_keeps_numbers(tool, keeper, given, a
             keepers = {"function": lambda side: anchors(side)[0], "dict": by_dict, "module": by_module}
             keepers |= {"class": self.of_class, "object": self.grids.of}
             grid = keepers[keeper](8)[: y.shape[-1]]
+            if self.training:  # something else is kept in each mode
+                grid = grid + by_mode(8)[: y.shape[-1]]
             grid = torch.nn.functional.pad(grid, (0, y.shape[-1] - grid.shape[-1]))
             return self.out(y + grid) * (int(grid.sum()) if asks else 1)
 
-    global GRID
-    GRID = None
+    global GRID, TRAINED
+    GRID = TRAINED = None
     KEPT.clear()
     anchors.cache_clear()
     net, x = lived(Detector()), torch.randn(2, 3, 6, 6)
     changed = tool(net, x) if given else tool(net)
-    assert type(net(x)) is type(changed(x)) is Tensor
+    assert type(net.train()(x)) is type(net.eval()(x)) is type(changed(x)) is Tensor
     if tool is batchnorm.fold:
         assert isinstance(changed.bn, nn.Identity)
         torch.testing.assert_close(changed(x), net(x))

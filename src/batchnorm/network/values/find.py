@@ -235,8 +235,6 @@ def find_flow(
     state, call = torch.get_rng_state(), partial(run, tool=tool, forward=forward)
     try:
         if example is not None:
-            with suppress(Exception):  # what fails is told by the run that is watched
-                run_once(model, call, example, modes_needed[0])
             return Flow(model, _views(model, example, modes_needed, call, first=True), example)
         found: list[Any] = []
         views: list[View] = []
@@ -269,6 +267,9 @@ def _views(
     *,
     first: bool,
 ) -> list[View]:
+    for training in modes_needed if first else ():
+        with suppress(Exception):  # what fails is told by the run that is watched
+            run_once(model, call, example, training)
     views = watch(model, call, example, training=modes_needed[0])
     for training in modes_needed[1:]:
         with suppress(Exception):
