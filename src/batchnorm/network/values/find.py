@@ -243,9 +243,7 @@ def find_flow(
                 break
             with suppress(Exception):
                 # fake tensors may go where numbers do not, and the second input is there for its size alone
-                if not found:
-                    run_once(model, call, guess, modes_needed[0])
-                views += _views(model, guess, modes_needed, call, first=not found)
+                views += _views(model, guess, modes_needed, call, first=not found, guessed=True)
                 found.append(guess)
         return Flow(model, views, found[0] if found else None, "" if found else _NO_INPUT)
     except BatchNormError:
@@ -266,10 +264,14 @@ def _views(
     call: Callable[..., Any],
     *,
     first: bool,
+    guessed: bool = False,
 ) -> list[View]:
     for training in modes_needed if first else ():
-        with suppress(Exception):  # what fails is told by the run that is watched
+        try:
             run_once(model, call, example, training)
+        except Exception:  # of what was given, the run that is watched tells it
+            if guessed and training is modes_needed[0]:
+                raise
     views = watch(model, call, example, training=modes_needed[0])
     for training in modes_needed[1:]:
         with suppress(Exception):
