@@ -240,7 +240,52 @@ class AskedForGradients(Branching):
         return self.act(y) if torch.is_grad_enabled() else y
 
 
+class DetachedBetween(Branching):
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)).detach() + x)
+
+
+class AddsBools(Branching):
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)) + (x > 0))
+
+
+class AddsItself(Branching):
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return self.act(y + y)
+
+
+class StatisticsReadAfterwards(Branching):
+    def forward(self, x):
+        y = self.act(self.norm(self.conv(x)))
+        return y + self.norm.running_mean.view(1, -1, 1, 1)
+
+
+class ComputedStatistics(Branching):
+    def forward(self, x):
+        norm = self.norm
+        mean, var = norm.running_mean * 2, norm.running_var + 1
+        return self.act(F.batch_norm(self.conv(x), mean, var, norm.weight, norm.bias, self.training))
+
+
+class AddedIsOverwritten(Branching):
+    """SiLU's backward reads what was added."""
+
+    def forward(self, x):
+        added = x.detach() * 1
+        y = F.silu(self.norm(self.conv(x)) + added)
+        added.mul_(2)
+        return y
+
+
 TRAPS = [
+    DetachedBetween,
+    AddsBools,
+    AddsItself,
+    StatisticsReadAfterwards,
+    ComputedStatistics,
+    AddedIsOverwritten,
     UsedTwice,
     Returned,
     InputOverwritten,
