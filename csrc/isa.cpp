@@ -27,15 +27,25 @@ void fill_bf16(KernelSet &);
 namespace {
 
 #if defined(BN_X86)
-[[maybe_unused]] bool has_avx2() {
-    // __builtin_cpu_supports knows "f16c" from clang 17 on; with AVX2 the system saves the registers that it needs
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-[[maybe_unused]] bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+struct Processor {
+    bool avx2 = false, avx512 = false, avx512bf16 = false;
+};
+
+// The processor is asked by cpuid, and whether the system saves the registers by xgetbv. __builtin_cpu_supports reads a
+// table of the compiler's run-time library: zig's has none and every answer is no, clang knows "f16c" from 17 on.
+[[maybe_unused]] Processor processor() {
+    Processor found;
+    unsigned a = 0, b = 0, c = 0, d = 0, saved = 0, high = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return found;
+    const bool helpers = (c & bit_F16C) && (c & bit_FMA);
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    const unsigned ymm = 0x06, zmm = 0xe6;  // bits of XCR0: xmm, upper ymm; opmask, upper zmm, zmm 16 to 31
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+    const unsigned wide = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    found.avx2 = helpers && (b & bit_AVX2) && (saved & ymm) == ymm;
+    found.avx512 = found.avx2 && (b & wide) == wide && (saved & zmm) == zmm;
+    found.avx512bf16 = found.avx512 && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
+    return found;
 }
 #endif
 
@@ -52,13 +62,13 @@ Candidate *candidates(int &count) {
         {"baseline", true, baseline::fill, {}},
 #endif
 #if defined(BN_HAS_AVX2)
-        {"avx2", has_avx2(), avx2::fill, {}},
+        {"avx2", processor().avx2, avx2::fill, {}},
 #endif
 #if defined(BN_HAS_AVX512)
-        {"avx512", has_avx512(), avx512::fill, {}},
+        {"avx512", processor().avx512, avx512::fill, {}},
 #endif
 #if defined(BN_HAS_AVX512BF16)
-        {"avx512bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512bf16::fill, {}},
+        {"avx512bf16", processor().avx512bf16, avx512bf16::fill, {}},
 #endif
     };
     static const bool filled = [] {
