@@ -159,7 +159,9 @@ def _provenance(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     records = [record for outcome in outcomes for record in outcome.records]
     names = dict.fromkeys(name for record in records for name in record["versions"])
     seen = {name: sorted({r["versions"].get(name) or "not recorded" for r in records}) for name in names}
+    others = sorted({r["data"]["name"] for r in records} - {"digits"})
     return {
+        "on": f" on {', '.join(others)}" if others else "",
         "versions": ", ".join(f"{name} {' and '.join(found)}" for name, found in seen.items()),
         "data": ", ".join(sorted({f"{r['data']['name']} ({r['data']['sample']})" for r in records})),
         "level": ", ".join(sorted({outcome.level for outcome in outcomes})),
