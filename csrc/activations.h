@@ -6,13 +6,20 @@
 
 namespace bn::BN_ISA {
 
+template <class Act>
+struct Saves {
+    using WithSaved = Act;  // what a backward that is given the residual or the sides computes
+    static constexpr bool needs_saved = true;
+};
+
 struct Smooth {
     static constexpr bool has_side = false;
     static constexpr bool heavy = true;  // arithmetic enough that loops around it need no care
 };
 
 struct Identity {
-    static constexpr bool has_side = false, heavy = false;
+    using WithSaved = Identity;
+    static constexpr bool has_side = false, heavy = false, needs_saved = false;
     template <class P>
     static BN_INLINE P value(P u) {
         return u;
@@ -23,7 +30,7 @@ struct Identity {
     }
 };
 
-struct Relu {
+struct Relu : Saves<Relu> {
     static constexpr bool has_side = true, heavy = false;
     template <class A>
     static BN_INLINE Pack<A> value(Pack<A> u) {
@@ -58,7 +65,7 @@ struct Relu6 : Relu {
     }
 };
 
-struct LeakyRelu {
+struct LeakyRelu : Saves<LeakyRelu> {
     static constexpr bool has_side = true, heavy = false;
     static constexpr double slope = 0.01;
     template <class A>
@@ -85,7 +92,7 @@ struct LeakyRelu {
     }
 };
 
-struct Silu : Smooth {
+struct Silu : Smooth, Saves<Silu> {
     template <class P>
     static BN_INLINE P value(P u) {
         return u * sigmoid(u);
@@ -97,7 +104,7 @@ struct Silu : Smooth {
     }
 };
 
-struct Hardswish : Smooth {
+struct Hardswish : Smooth, Saves<Hardswish> {
     template <class A>
     static BN_INLINE Pack<A> value(Pack<A> u) {
         return u * Relu6::value(u + set1<A>(3)) * set1<A>(static_cast<A>(1.0 / 6));
@@ -110,7 +117,7 @@ struct Hardswish : Smooth {
     }
 };
 
-struct Sigmoid : Smooth {
+struct Sigmoid : Smooth, Saves<Sigmoid> {
     template <class P>
     static BN_INLINE P value(P u) {
         return sigmoid(u);
@@ -122,7 +129,7 @@ struct Sigmoid : Smooth {
     }
 };
 
-struct Tanh : Smooth {
+struct Tanh : Smooth, Saves<Tanh> {
     template <class P>
     static BN_INLINE P value(P u) {
         return tanh(u);
@@ -134,7 +141,7 @@ struct Tanh : Smooth {
     }
 };
 
-struct Gelu : Smooth {
+struct Gelu : Smooth, Saves<Gelu> {
     template <class P>
     static BN_INLINE P value(P u) {
         P cdf, pdf;

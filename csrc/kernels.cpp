@@ -13,21 +13,25 @@
 
 namespace bn::BN_ISA {
 
+// Where a backward is given what was saved, relu and relu6 differ no more, for the sides were, and the identity has no use
+// for it: one function serves.
 template <class T, class Act>
 void fill_activation(Kernels<typename Element<T>::Acc> &k, Activation which) {
+    using Given = typename Act::WithSaved;
+    constexpr bool saved = Act::needs_saved;
     const int a = static_cast<int>(which);
     k.plane_apply[a][0] = apply<T, Act, false, false>;
     k.plane_apply[a][1] = apply<T, Act, false, true>;
     k.column_apply[a][0] = apply<T, Act, true, false>;
     k.column_apply[a][1] = apply<T, Act, true, true>;
     k.plane_reduce[a][0] = plane_reduce<T, Act, false>;
-    k.plane_reduce[a][1] = plane_reduce<T, Act, true>;
+    k.plane_reduce[a][1] = plane_reduce<T, Given, saved>;
     k.column_reduce[a][0] = column_reduce<T, Act, false>;
-    k.column_reduce[a][1] = column_reduce<T, Act, true>;
+    k.column_reduce[a][1] = column_reduce<T, Given, saved>;
     k.plane_input[a][0] = input<T, Act, false, false>;
-    k.plane_input[a][1] = input<T, Act, false, true>;
+    k.plane_input[a][1] = input<T, Given, false, saved>;
     k.column_input[a][0] = input<T, Act, true, false>;
-    k.column_input[a][1] = input<T, Act, true, true>;
+    k.column_input[a][1] = input<T, Given, true, saved>;
     k.run_apply[a][0] = k.run_apply[a][1] = nullptr;
     k.run_input[a][0] = k.run_input[a][1] = nullptr;
 #if defined(BN_PERMUTES)
@@ -35,7 +39,7 @@ void fill_activation(Kernels<typename Element<T>::Acc> &k, Activation which) {
         k.run_apply[a][0] = run_apply<T, Act, false>;
         k.run_apply[a][1] = run_apply<T, Act, true>;
         k.run_input[a][0] = run_input<T, Act, false>;
-        k.run_input[a][1] = run_input<T, Act, true>;
+        k.run_input[a][1] = run_input<T, Given, saved>;
     }
 #endif
 }

@@ -42,8 +42,8 @@ class RunBits {
 
 // Calls f(element, vector, count, coefficients...) for every vector of rows one behind the other, so many rows at a
 // time as are whole vectors together; a vector's coefficients are picked from those of these rows. before and after are
-// called for each such lot.
-template <class T, class Before, class F, class After, class... C>
+// called for each such lot. Of a heavy activation there is one body, not two: it is long.
+template <class T, class Act, class Before, class F, class After, class... C>
 BN_INLINE void each_of_run(const Block &block, Before before, F f, After after, const C *...of_row) {
     const size_t len = block.len, rows = block.rows, even = len & (~len + 1), lot = lanes / even;
     for (size_t row = 0; row < rows; row += lot) {
@@ -51,13 +51,12 @@ BN_INLINE void each_of_run(const Block &block, Before before, F f, After after, 
         before(row, some);
         const auto vectors = [&](auto... c) BN_LAMBDA_INLINE {
             size_t i = 0;
-            for (; i + lanes <= count; i += lanes) f(begin + i, i / lanes, lanes, Element<T>::Order::picked(c, block.lanes + i)...);
-            if (i < count) f(begin + i, i / lanes, count - i, Element<T>::Order::picked(c, block.lanes + i)...);
+            if constexpr (!Act::heavy)
+                for (; i + lanes <= count; i += lanes) f(begin + i, i / lanes, lanes, Element<T>::Order::picked(c, block.lanes + i)...);
+            for (; i < count; i += lanes)
+                f(begin + i, i / lanes, count - i < lanes ? count - i : lanes, Element<T>::Order::picked(c, block.lanes + i)...);
         };
-        if (some == lanes)
-            vectors(load_acc(of_row + row)...);
-        else
-            vectors(load_partial(of_row + row, some)...);
+        vectors(load_some(of_row + row, some)...);
         after(row, some);
     }
 }
@@ -87,7 +86,7 @@ void run_apply(const Block &block, const ForwardCoefficients<float> &c) {
             if (mask) bits.to_rows(mask + static_cast<ptrdiff_t>(row) * mask_step, mask_step, some, len);
         }
     };
-    each_of_run<T>(block, [](size_t, size_t) {}, step, after, c.mean, c.scale, c.shift);
+    each_of_run<T, Act>(block, [](size_t, size_t) {}, step, after, c.mean, c.scale, c.shift);
 }
 
 template <class T, class Act, bool Saved>
@@ -121,7 +120,7 @@ void run_input(const Block &block, const BackwardCoefficients<float> &c) {
             if (dr) store_partial(dr + i, g, count);
         }
     };
-    each_of_run<T>(block, before, step, [](size_t, size_t) {}, c.mean, c.scale, c.shift, c.k0, c.k1);
+    each_of_run<T, Act>(block, before, step, [](size_t, size_t) {}, c.mean, c.scale, c.shift, c.k0, c.k1);
 }
 
 }  // namespace bn::BN_ISA
