@@ -41,8 +41,8 @@ GROUPS = 8
 ARMS = {
     "batch": "batch norm, 1 worker",
     "group": f"group norm, 1 worker ({GROUPS} groups)",
-    "ghost": f"batch norm, {WORKERS} workers, each its own (ghost)",
-    "pooled": f"batch norm, {WORKERS} workers, pooled (real ranks)",
+    "ghost": f"{WORKERS} workers, each its own (ghost)",
+    "pooled": f"{WORKERS} workers, pooled (real ranks)",
 }
 
 
