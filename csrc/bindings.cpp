@@ -8,7 +8,7 @@
 
 #include "calls.h"
 #include "placement.h"
-#include "pool.h"
+#include "memory_pool.h"
 #include "problem.h"
 #include "team.h"
 #include "tensors.h"

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "check.h"
-#include "pool.h"
+#include "memory_pool.h"
 #include "problem.h"
 #include "team.h"
 

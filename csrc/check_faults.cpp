@@ -21,7 +21,7 @@
 #endif
 
 #include "os.h"
-#include "pool.h"
+#include "memory_pool.h"
 #include "problem.h"
 #include "team.h"
 #include "workers.h"

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include "cache.h"
+#include "cache_sizes.h"
 #include "geometry.h"
 #include "keep.h"
 #include "kernels.h"

@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "placement.h"
-#include "pool.h"
+#include "memory_pool.h"
 
 namespace bn::tensors {
 namespace {

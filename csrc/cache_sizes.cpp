@@ -1,4 +1,4 @@
-#include "cache.h"
+#include "cache_sizes.h"
 
 #include <algorithm>
 

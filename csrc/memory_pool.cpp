@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "memory_pool.h"
 
 #include <algorithm>
 #include <atomic>
