@@ -49,6 +49,7 @@ _library.define("first_time(Device device) -> Tensor")
 
 
 def _unknown(*_: Any) -> steps.Between | None:
+    """Refuse, for nobody has said what pools."""
     raise PoolingError(
         "batch_norm: a graph that pools over ranks is run where nothing knows how to.",
         why="its statistics would be this rank's alone.",
