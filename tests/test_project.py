@@ -43,7 +43,8 @@ def test_the_oldest_torch_and_the_pinned_one_are_tested():
     torches = tests["jobs"]["tests"]["strategy"]["matrix"]["torch"]
     oldest = re.search(r"torch>=([\d.]+)", " ".join(PROJECT["project"]["dependencies"])).group(1)
     pinned = re.search(r"^torch==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group(1)
-    assert (torches[0], torches[-1]) == (f"{oldest}.*", f"{pinned}.*")
+    assert torches[0] == f"{oldest}.*"
+    assert f"{pinned}.*" in torches
 
 
 def test_every_extra_is_pinned():

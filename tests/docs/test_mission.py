@@ -23,7 +23,8 @@ def statement(page, name):
 
 
 def links(page, name):
-    return re.findall(r"\]\(([^)]+)\)(?:: `(\w+)`)?", statement(page, name))
+    # those of the list; what was measured may link to more
+    return re.findall(r"^- .*?\]\(([^)]+)\)(?:: `(\w+)`)?", statement(page, name), re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -120,6 +120,9 @@ def test_other_statistics_begin_at_zero():
 
 
 def test_the_count_goes_with_the_memory_it_is_of():
+    gc.collect()
+    # layers that other tests left alive
+    others = sum(not weak.expired() for weak, _ in skips._counts.values())
     for _ in range(50):
         # the allocator gives the same addresses again and again
         layer = batchnorm.BatchNorm1d(3)
@@ -129,7 +132,7 @@ def test_the_count_goes_with_the_memory_it_is_of():
     del layer
     gc.collect()
     poisoned(batchnorm.BatchNorm1d(3))
-    assert len(skips._counts) <= 2
+    assert len(skips._counts) <= others + 2
 
 
 def test_pruning_channels_in_place():
