@@ -62,7 +62,6 @@ def load_keras(
         From a layer's name in ``weights`` to its path in ``model``. By default the names are the paths, with
         ``/`` for ``.``; ``"order"`` pairs the layers in the order in which both sides list them, where numbers
         in names count as numbers (``bn_2`` before ``bn_10``). An order that contradicts them is refused.
-
     inplace : bool, default True
         False leaves the given network as it is, and changes a copy.
 
@@ -140,7 +139,6 @@ def load_flax(
         From a layer's name (joined by ``/``) to its path in ``model``; see :func:`load_keras`. flax sorts
         its dictionaries, so ``"order"`` goes by the numbers at the end of its automatic names, and by the
         numbers of channels where layers with other names stand beside them; it refuses where neither tells.
-
     inplace : bool, default True
         False leaves the given network as it is, and changes a copy.
 

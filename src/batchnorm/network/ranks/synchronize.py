@@ -24,6 +24,7 @@ from batchnorm.network.undo import Undo, keep_modules
 
 _TOOL = "synchronize"
 _BEFORE = "_before_synchronize"
+_NETWORK = "pooled_network"
 
 
 class PooledBatchNorm(BatchNorm2d):
@@ -103,7 +104,7 @@ def synchronize(
 
     def change(path: str, layer: nn.Module, undo: Undo) -> str:
         told = f"pools over {', '.join(_synchronize(path, layer, names, group is None))}"
-        layer.pooled_network = number  # type: ignore[assignment]
+        layer.__dict__[_NETWORK] = number
         return told
 
     return one_by_one(model, layers, change, _TOOL, "synchronized")
@@ -216,7 +217,7 @@ def _synchronize(path: str, layer: Any, names: Names, by_default: bool) -> Names
 def _desynchronize(layer: Any) -> str:
     before = layer.__dict__.pop(_BEFORE, {"group": None, "path": "", "class": None})
     layer.process_group, layer.pooled_as = before["group"], before["path"]
-    layer.__dict__.pop("pooled_network", None)
+    layer.__dict__.pop(_NETWORK, None)
     if before["class"] is None:
         return ""
     if before["class"] is not nn.SyncBatchNorm:
